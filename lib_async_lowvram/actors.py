@@ -1,0 +1,82 @@
+"""What the hooks of each role do: small objects between `unit_hooks` (on modules) and a `Network`.
+
+They take the mover's lock, so that a drain from another thread happens between two leaves and not within one.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lib_async_lowvram.device.weights import Unit
+
+if TYPE_CHECKING:
+    from lib_async_lowvram.network import Network
+
+
+class SpanActor:
+    """One call of the module is one pass."""
+
+    __slots__ = ("_handled", "_network", "_open_ended")
+
+    def __init__(self, network: Network, open_ended: bool) -> None:
+        self._network = network
+        self._open_ended = open_ended
+        self._handled: BaseException | None = None
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        network = self._network
+        self._handled = sys.exc_info()[1]
+        with network.context.lock:
+            network.begin_pass()
+            network.running(module)
+        return network.moved(args, kwargs)
+
+    def after(self, module: nn.Module) -> None:
+        network = self._network
+        if not self._open_ended:
+            with network.context.lock:
+                # Post hooks also run for an exception on its way out; a pass cut short teaches nothing.
+                network.end_pass(complete=sys.exc_info()[1] is self._handled)
+        self._handled = None
+
+
+class UnitActor:
+    """Acquire and release of one unit, in streamed passes."""
+
+    __slots__ = ("_network", "_unit")
+
+    def __init__(self, network: Network, unit: Unit) -> None:
+        self._network, self._unit = network, unit
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        network = self._network
+        with network.context.lock:
+            network.acquire(self._unit, module)
+        return network.moved(args, kwargs)
+
+    def after(self, module: nn.Module) -> None:
+        network = self._network
+        with network.context.lock:
+            network.release(self._unit)
+
+
+class ObserverActor:
+    """Any module, while whole regions move."""
+
+    __slots__ = ("_network",)
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        network = self._network
+        with network.context.lock:
+            network.observe(module)
+        return network.moved(args, kwargs)
+
+    def after(self, module: nn.Module) -> None:
+        with self._network.context.lock:
+            self._network.observed()

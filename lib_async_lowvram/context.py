@@ -1,0 +1,78 @@
+"""What the networks of one mover share: the device, host memory, configuration, the lock, the judges.
+
+One lock for everything the mover does: hooks hold it for microseconds at leaf boundaries, other threads (an API call that
+drains) for as long as they need; whoever comes from another thread therefore acts at a leaf boundary.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+
+from lib_async_lowvram.config import OffloadConfig
+from lib_async_lowvram.core.stats import Trace
+from lib_async_lowvram.device.address_ranges import HostRanges
+from lib_async_lowvram.device.host_memory import HostMemory
+from lib_async_lowvram.device.placement import PlacementChecker
+from lib_async_lowvram.device.streams import Streams
+
+
+class Peaks:
+    """The largest weight bytes on the device, learning passes apart: only streamed passes are under the budget (I2)."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._learning = False
+        self._streamed = 0
+        self._learned = 0
+
+    def learning(self, on: bool) -> None:
+        """A pass that moves whole regions begins or has ended."""
+        if on != self._learning:
+            self._take()
+            self._learning = on
+
+    def _take(self) -> None:
+        peak = self._streams.peak_allocated_bytes
+        if self._learning:
+            self._learned = max(self._learned, peak)
+        else:
+            self._streamed = max(self._streamed, peak)
+        self._streams.reset_peak()
+
+    def read(self) -> tuple[int, int]:
+        """(streamed passes, learning passes): bytes by the device's allocation counter, so far."""
+        self._take()
+        return self._streamed, self._learned
+
+
+@dataclass
+class Context:
+    """Shared by a mover and its networks; `config` may be replaced between passes.
+
+    Attributes:
+        checker, host_ranges: the placement judge and what it guards; None unless the config asks for it.
+        trace: where spans go; None = nowhere. copies: names of enqueued copies per lane, for the trace.
+    """
+
+    streams: Streams
+    host: HostMemory
+    config: OffloadConfig
+    checker: PlacementChecker | None = None
+    host_ranges: HostRanges | None = None
+    trace: Trace | None = None
+    copies: dict[str, deque[str]] = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    peaks: Peaks = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.peaks = Peaks(self.streams)
+
+    def budget(self) -> int:
+        """Weight bytes allowed on the device now. Automatic: what is free (or ours already), less the activation peak seen
+        so far, less the reserve."""
+        if self.config.budget_bytes:
+            return self.config.budget_bytes
+        streams = self.streams
+        return max(0, streams.free_memory() + streams.allocated_bytes - streams.activation_growth() - self.config.reserve_bytes)

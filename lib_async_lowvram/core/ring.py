@@ -1,0 +1,129 @@
+"""The ring: which piece of the preallocated device memory each streamed unit passes through, and when it may be reused.
+
+Problem: units of very different sizes stream through one slab in a known cyclic order. A slot may be overwritten only
+after its last reader; nothing may be allocated on the way (I2).
+
+Every streamed unit has one fixed place in the slab, chosen once per plan (`assign_offsets`). Fixed places mean that the
+tensors over a slot are made once, and that the units whose ranges overlap are known beforehand: a unit can be onloaded
+exactly when none of those is live. For each unit that was there before, the ring keeps a *fence* - the event after which
+its bytes may be overwritten - and hands the newcomer those it still has to wait for. All onloads go through one copy
+stream in order, so a fence that stream has already waited for, or an older one of the same consumer stream, is not waited
+for again.
+
+Offsets and sizes in bytes. Fences are opaque. Caller: `network`, under the mover's lock; pure logic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+
+def assign_offsets(order: Sequence[int], nbytes: Mapping[int, int], ring_bytes: int) -> dict[int, int]:
+    """A fixed place for every unit of the cyclic `order`: {unit: offset}.
+
+    Greedy: each unit, in order of first use, goes where the units it must evict were used longest ago; among equals, where
+    it leaves the largest hole beside itself (a unit in the middle of the slab leaves no room for one half as large, which
+    would undo the overlap that a ring of twice the largest unit is there for); then the lowest offset.
+
+    Raises `ValueError` when a unit is larger than the ring.
+    """
+    # The skyline: which unit was placed last over each byte, as disjoint spans in address order.
+    skyline: list[tuple[int, int, int]] = [(0, ring_bytes, -1)]  # (start, end, when placed)
+    offsets: dict[int, int] = {}
+    start = end = 0  # of the unit placed last
+    for now, unit in enumerate(dict.fromkeys(order)):
+        size = nbytes[unit]
+        if size > ring_bytes:
+            raise ValueError(f"a unit of {size} bytes does not fit a ring of {ring_bytes} bytes")
+        last = ring_bytes - size
+        best = None
+        for offset in {0, last, min(end, last), max(0, min(start - size, last))}:
+            evicts = max((when for low, high, when in skyline if low < offset + size and offset < high), default=-1)
+            key = (now - evicts, max(offset, last - offset), -offset)
+            if best is None or key > best[0]:
+                best = (key, offset)
+        start = offsets[unit] = best[1]
+        end = start + size
+        if size:
+            skyline = [
+                *((low, min(high, start), when) for low, high, when in skyline if low < start),
+                (start, end, now),
+                *((max(low, end), high, when) for low, high, when in skyline if high > end),
+            ]
+    return offsets
+
+
+def overlaps(offsets: Mapping[int, int], nbytes: Mapping[int, int]) -> dict[int, tuple[int, ...]]:
+    """For each unit, the other units whose ranges share a byte with its own."""
+    spans = sorted((offset, offset + nbytes[unit], unit) for unit, offset in offsets.items())
+    found: dict[int, list[int]] = {unit: [] for unit in offsets}
+    active: list[tuple[int, int]] = []  # (end, unit)
+    for start, end, unit in spans:
+        active = [(stop, other) for stop, other in active if stop > start]
+        for _, other in active:
+            if end > start:
+                found[unit].append(other)
+                found[other].append(unit)
+        if end > start:
+            active.append((end, unit))
+    return {unit: tuple(others) for unit, others in found.items()}
+
+
+class Ring:
+    """Occupancy of the slab: which units are live, and the fences of those that were."""
+
+    def __init__(self, offsets: Mapping[int, int], nbytes: Mapping[int, int], ring_bytes: int) -> None:
+        self.offsets = dict(offsets)
+        self.nbytes = {unit: nbytes[unit] for unit in offsets}
+        self.ring_bytes = ring_bytes
+        self.live: set[int] = set()
+        self._overlaps = overlaps(self.offsets, self.nbytes)
+        self._fences: dict[int, tuple[int, Hashable, Any]] = {}  # unit -> (serial, stream key, event)
+        self._serial = 0
+        self._waited: dict[Hashable, int] = {}  # stream key -> largest serial the copy stream has waited for
+        self.live_bytes = 0
+
+    def blockers(self, unit: int) -> list[int]:
+        """The live units that stand where `unit` goes."""
+        live = self.live
+        return [other for other in self._overlaps[unit] if other in live]
+
+    def is_free(self, unit: int) -> bool:
+        """Whether `unit` could be placed now."""
+        live = self.live
+        for other in self._overlaps[unit]:
+            if other in live:
+                return False
+        return True
+
+    def occupy(self, unit: int) -> list[Any]:
+        """Make `unit` live. Returns the fences its onload must wait for, at most one per consumer stream.
+
+        Raises `ValueError` when it is live already or a live unit stands there.
+        """
+        if unit in self.live or not self.is_free(unit):
+            raise ValueError(f"unit {unit} cannot be placed: live {sorted(self.blockers(unit))}")
+        self.live.add(unit)
+        self.live_bytes += self.nbytes[unit]
+        latest: dict[Hashable, tuple[int, Any]] = {}
+        for other in (unit, *self._overlaps[unit]):
+            fence = self._fences.get(other)
+            if fence is None:
+                continue
+            serial, key, event = fence
+            if serial > self._waited.get(key, 0) and serial > latest.get(key, (0, None))[0]:
+                latest[key] = (serial, event)
+        for key, (serial, _) in latest.items():
+            self._waited[key] = serial
+        return [event for _, event in latest.values()]
+
+    def vacate(self, unit: int, stream_key: Hashable, fence: Any) -> None:
+        """`unit` is live no longer; its bytes may be overwritten after `fence`, recorded on stream `stream_key`.
+
+        Fences of one stream key must be handed in the order in which they were recorded.
+        """
+        self.live.remove(unit)
+        self.live_bytes -= self.nbytes[unit]
+        self._serial += 1
+        self._fences[unit] = (self._serial, stream_key, fence)

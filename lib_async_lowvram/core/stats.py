@@ -1,0 +1,68 @@
+"""Counters of one network, and an optional trace of what its streams did.
+
+Plain numbers that hooks can bump without a lock of their own (the mover's is held). Seconds, bytes. Pure; no torch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import median
+
+
+@dataclass
+class Counters:
+    """Since the network was attached, unless said otherwise.
+
+    Attributes:
+        passes: streamed passes completed; learning_passes: passes that moved whole regions.
+        hits: acquires whose onload had been issued ahead; misses: acquires that had to issue it themselves.
+        refetches: onloads repeated because the master changed after the prefetch; write_backs: changed units copied to
+            their masters; adopted: units whose parameters were replaced by somebody and packed anew.
+        skipped: firings out of the learned order; relearned: times the order was replaced.
+        host_waits: host waits during streamed passes (I3: 0 with pinned masters).
+        streamed_bytes_last_pass, stall_seconds_last_pass: of the last complete streamed pass.
+    """
+
+    passes: int = 0
+    learning_passes: int = 0
+    hits: int = 0
+    misses: int = 0
+    refetches: int = 0
+    write_backs: int = 0
+    adopted: int = 0
+    skipped: int = 0
+    relearned: int = 0
+    host_waits: int = 0
+    streamed_bytes: int = 0
+    streamed_bytes_last_pass: int = 0
+    stall_seconds: float = 0.0
+    stall_seconds_last_pass: float = 0.0
+    recent_pass_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=32))
+
+    @property
+    def pass_seconds(self) -> float:
+        """Median of the recent passes; 0.0 before the first."""
+        return median(self.recent_pass_seconds) if self.recent_pass_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that took time on one lane: seconds by `time.perf_counter`, bytes where it moved any."""
+
+    lane: str
+    name: str
+    start_seconds: float
+    end_seconds: float
+    nbytes: int = 0
+
+
+@dataclass
+class Trace:
+    """Spans in the order in which they ended. Lanes: "compute", "stall", "copy", "write-back"."""
+
+    spans: list[Span] = field(default_factory=list)
+
+    def add(self, lane: str, name: str, start_seconds: float, end_seconds: float, nbytes: int = 0) -> None:
+        """Append one span. `list.append` is atomic, so copy threads may call this beside the sampling thread."""
+        self.spans.append(Span(lane, name, start_seconds, end_seconds, nbytes))

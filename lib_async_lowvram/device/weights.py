@@ -1,0 +1,310 @@
+"""Packed weights: the host master of one unit, what its parameters point at, and how a change by anyone is seen.
+
+Problem: a leaf's weight and bias are separate tensors anywhere in host memory; copying them one by one wastes the link and
+cannot be pinned exactly. A *unit* packs the parameters of its members into one host block, the *master*, and travels as one
+copy.
+
+**Ownership rule** (I4, I5). The master is the truth. Outside acquire..release a streamed unit's parameters point at views of
+the master; inside, at views of device memory that holds the same bytes. Whoever wants to change a weight does it through the
+Parameter, wherever that points: in place (its `_version` grows, assigning `.data` does not touch it), or by putting another
+tensor or another Parameter there (pointer, dtype, shape or number differ). `host_change` and `device_change` look for exactly
+that, at every acquire and release, by enumerating what the modules hold *now* - LoRA adds and removes biases. Views of one
+slab share a version counter, so only a Parameter's `_version` is ever trusted.
+
+Modules are held weakly, parameters not at all (I7). Layout: every tensor starts at a multiple of `ALIGNMENT` in the master
+and on the device alike; strides are kept; tensors that are the same view of the same storage are packed once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from enum import Enum
+
+import torch
+from torch import nn
+
+from lib_async_lowvram.core.states import UnitState, transition
+from lib_async_lowvram.device.host_memory import HostMemory
+from lib_async_lowvram.device.streams import Event, align
+
+
+class Change(Enum):
+    """What happened to a unit's parameters since we last set them."""
+
+    NONE = 0
+    VALUES = 1  # same tensors, written in place
+    LAYOUT = 2  # other tensors, dtypes, shapes, or another number of them
+
+
+def packable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor can travel as bytes: plain, strided, dense, with memory of its own.
+
+    Subclasses, sparse, quantised, expanded or overlapping tensors cannot, nor meta tensors; those move as stock moves them.
+    """
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return False
+    if tensor.is_quantized or tensor.device.type == "meta" or tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg():
+        return False
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a dense tensor as a one-dimensional uint8 tensor over the same storage."""
+    nbytes = tensor.numel() * tensor.element_size()
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return flat.set_(tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size(), (nbytes,), (1,))
+
+
+def view_bytes(memory: torch.Tensor, offset: int, like: Entry) -> torch.Tensor:
+    """`like`'s dtype, shape and strides over `memory` (uint8), `offset` bytes in."""
+    flat = memory[offset : offset + like.nbytes].view(like.dtype)
+    return flat.as_strided(like.shape, like.stride)
+
+
+class Entry:
+    """One parameter of one member: its place in the pack and what it is expected to look like."""
+
+    __slots__ = ("device", "device_ptr", "dtype", "master", "master_ptr", "name", "nbytes", "offset", "shape", "stride", "version")
+
+    def __init__(self, name: str, parameter: torch.Tensor, offset: int) -> None:
+        self.name = name
+        self.offset = offset
+        self.nbytes = parameter.numel() * parameter.element_size()
+        self.dtype = parameter.dtype
+        self.shape = parameter.shape
+        self.stride = parameter.stride()
+        self.version = parameter._version
+        self.master: torch.Tensor = parameter.data
+        self.master_ptr = 0
+        self.device: torch.Tensor | None = None
+        self.device_ptr = 0
+
+
+class Unit:
+    """What travels as one packed copy.
+
+    Attributes:
+        index: its number in its network; name: for people.
+        anchor: weak reference to the module whose call acquires and releases it; None for a unit nobody announces.
+        nbytes: of the pack, and of a slot for it. master: the host block, uint8.
+        memory: its device memory (uint8), or None. copied, written: events of the onload and the write-back in question.
+        shared: several leaves hold the same bytes. must_reside: it cannot stream. resident: the plan keeps it on the device.
+        pending: uses within the lookahead still to come. depth: acquires not yet released.
+    """
+
+    def __init__(self, index: int, name: str, members: Iterable[nn.Module], host: HostMemory) -> None:
+        self.index = index
+        self.name = name
+        members = list(members)
+        self.members = tuple(weakref.ref(module) for module in members)
+        self.anchor: weakref.ref[nn.Module] | None = self.members[0] if len(members) == 1 else None
+        self.state = UnitState.HOST
+        self.resident = False
+        self.shared = False
+        self.must_reside = False
+        self.memory: torch.Tensor | None = None
+        self.copied: Event | None = None
+        self.written: Event | None = None
+        self.pending = 0
+        self.depth = 0
+        self.dirty = False
+        self._bound_to = 0
+        self._host = host
+        self.master: torch.Tensor | None = None
+        self.entries: tuple[tuple[Entry, ...], ...] = ()
+        self._counts: tuple[int, ...] = ()
+        self.pack()
+
+    def __repr__(self) -> str:
+        return f"<Unit {self.index} {self.name} {self.nbytes} bytes {self.state.value}>"
+
+    def to(self, state: UnitState) -> None:
+        """Change state; raises `IllegalTransition` on an edge that does not exist."""
+        self.state = transition(self.state, state)
+
+    @property
+    def alive(self) -> bool:
+        """Whether every member still exists."""
+        return all(ref() is not None for ref in self.members)
+
+    # -- packing -------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Make a master of what the members hold now, wherever that is, and point their parameters at it.
+
+        The old master is left to whoever still uses it. Blocks the host when a parameter is on the device.
+        """
+        with torch.inference_mode(False):
+            places: dict[tuple, int] = {}
+            entries: list[tuple[Entry, ...]] = []
+            counts: list[int] = []
+            sources: list[tuple[Entry, nn.Parameter]] = []
+            size = 0
+            for ref in self.members:
+                module = ref()
+                mine: list[Entry] = []
+                held = module._parameters if module is not None else {}
+                for name, parameter in held.items():
+                    if parameter is None or not packable(parameter):
+                        continue
+                    # Tied parameters: the same bytes, perhaps seen through another shape, strides or dtype.
+                    key = (parameter.device, *byte_range(parameter))
+                    offset = places.get(key)
+                    if offset is None:
+                        offset = places[key] = size
+                        size = align(size + parameter.numel() * parameter.element_size())
+                    entry = Entry(name, parameter, offset)
+                    mine.append(entry)
+                    sources.append((entry, parameter))
+                entries.append(tuple(mine))
+                counts.append(sum(parameter is not None for parameter in held.values()))
+            master = self._host.allocate(size)
+            for entry, parameter in sources:
+                view = view_bytes(master, entry.offset, entry)
+                view.copy_(parameter.data)
+                entry.master = view
+                entry.master_ptr = view.data_ptr()
+                parameter.data = view
+            self.master = master
+            self.nbytes = size
+            self.entries = tuple(entries)
+            self._counts = tuple(counts)
+            self.unbind()
+            self.dirty = False
+
+    def bind(self, memory: torch.Tensor) -> None:
+        """Prepare views over `memory` (uint8 on the device, at least `nbytes`); cheap when it is the place of last time."""
+        self.memory = memory
+        address = memory.data_ptr()
+        if address == self._bound_to:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            for mine in self.entries:
+                for entry in mine:
+                    entry.device = view_bytes(memory, entry.offset, entry)
+                    entry.device_ptr = entry.device.data_ptr()
+        self._bound_to = address
+
+    def unbind(self) -> None:
+        """Forget the device memory and every view over it."""
+        self.memory = None
+        self._bound_to = 0
+        for mine in self.entries:
+            for entry in mine:
+                entry.device = None
+                entry.device_ptr = 0
+
+    # -- publication ---------------------------------------------------------------------------------------------------
+    def publish(self) -> None:
+        """Point the parameters at the device memory. The caller's stream has waited for the copy (I4)."""
+        for ref, mine in zip(self.members, self.entries):
+            module = ref()
+            if module is None:
+                continue
+            held = module._parameters
+            for entry in mine:
+                held[entry.name].data = entry.device
+
+    def unpublish(self) -> None:
+        """Point the parameters at the master again and take their versions as seen."""
+        for ref, mine in zip(self.members, self.entries):
+            module = ref()
+            if module is None:
+                continue
+            held = module._parameters
+            for entry in mine:
+                parameter = held[entry.name]
+                parameter.data = entry.master
+                entry.version = parameter._version
+
+    def host_change(self) -> Change:
+        """What differs from the master, looking at parameters that should point there."""
+        return self._change(False)
+
+    def device_change(self) -> Change:
+        """What differs from what `publish` set, looking at parameters that should point at the device memory."""
+        found = self._change(True)
+        return Change.VALUES if self.dirty and found is Change.NONE else found
+
+    def _change(self, on_device: bool) -> Change:
+        change = Change.NONE
+        for ref, mine, count in zip(self.members, self.entries, self._counts):
+            module = ref()
+            if module is None:
+                continue
+            held = module._parameters
+            if len(held) != count and sum(parameter is not None for parameter in held.values()) != count:
+                return Change.LAYOUT
+            for entry in mine:
+                parameter = held.get(entry.name)
+                if (
+                    parameter is None
+                    or parameter.data_ptr() != (entry.device_ptr if on_device else entry.master_ptr)
+                    or parameter.dtype is not entry.dtype
+                    or parameter.shape != entry.shape
+                    or parameter.stride() != entry.stride
+                ):
+                    return Change.LAYOUT
+                if parameter._version != entry.version:
+                    change = Change.VALUES
+        return change
+
+    def accept_versions(self) -> None:
+        """Take the parameters' present versions as seen: their change has been dealt with."""
+        for ref, mine in zip(self.members, self.entries):
+            module = ref()
+            if module is None:
+                continue
+            for entry in mine:
+                entry.version = module._parameters[entry.name]._version
+        self.dirty = False
+
+
+def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
+    """[start, end) addresses of a dense tensor."""
+    start = tensor.data_ptr()
+    return start, start + tensor.numel() * tensor.element_size()
+
+
+def group_by_sharing(modules: Sequence[nn.Module]) -> tuple[list[list[nn.Module]], list[nn.Module]]:
+    """(groups, unmanaged): modules that own packable parameters, those that share bytes with each other in one group.
+
+    Two parameters may be the same bytes (tied); a module with one that overlaps another only in part is unmanaged, since
+    packing would tear them apart. Order of first appearance is kept.
+    """
+    spans: list[tuple[torch.device, int, int, int]] = []
+    for number, module in enumerate(modules):
+        for parameter in module._parameters.values():
+            if parameter is not None and packable(parameter):
+                spans.append((parameter.device, *byte_range(parameter), number))
+    leader = list(range(len(modules)))
+
+    def find(number: int) -> int:
+        while leader[number] != number:
+            number = leader[number]
+        return number
+
+    torn: set[int] = set()
+    reach: tuple[torch.device, int, int, int] | None = None  # the span reaching furthest so far
+    for span in sorted(spans, key=lambda span: (str(span[0]), span[1], -span[2])):
+        device, start, end, number = span
+        if reach is not None and reach[0] == device and start < reach[2]:
+            if (start, end) == reach[1:3]:
+                first, second = sorted((find(number), find(reach[3])))
+                leader[second] = first
+            else:
+                torn |= {number, reach[3]}
+        if reach is None or reach[0] != device or end > reach[2]:
+            reach = span
+    torn_groups = {find(number) for number in torn}
+    groups: dict[int, list[nn.Module]] = {}
+    for number in dict.fromkeys(number for _, _, _, number in sorted(spans, key=lambda span: span[3])):
+        groups.setdefault(find(number), []).append(modules[number])
+    unmanaged = [module for number in torn_groups for module in groups[number]]
+    return [group for number, group in groups.items() if number not in torn_groups], unmanaged

@@ -1,0 +1,86 @@
+"""What one learning pass taught about a network, and the plans that follow from it for a given budget.
+
+Between what `region_pass` observed (modules, in order, with times) and what `core.plan` needs (units, bytes, seconds).
+Called by `network` under the mover's lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lib_async_lowvram.core.pipeline import Workload
+from lib_async_lowvram.core.plan import Plan, least_budget, make_plan
+from lib_async_lowvram.device.streams import align
+from lib_async_lowvram.device.weights import Unit
+from lib_async_lowvram.region_pass import Observed
+
+COPY_OVERHEAD_SECONDS = 8e-6
+"""Per copy, whatever its size: what enqueuing and starting a DMA copy takes on current hosts (shared/plan_reference)."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """One pass of a network.
+
+    Attributes:
+        steps: (unit index, seconds from its start to the next unit's) per firing, in order.
+        lead_seconds: computing before the first unit fires.
+        bandwidth: host to device as measured in the learning pass, bytes per second.
+        first: unit index -> place of its first firing in `steps`.
+        buffer_bytes: device bytes of loose tensors.
+    """
+
+    steps: tuple[tuple[int, float], ...]
+    lead_seconds: float
+    bandwidth: float
+    first: dict[int, int]
+    buffer_bytes: int
+
+    @classmethod
+    def of(cls, observed: Observed, units: Sequence[Unit], announced: frozenset[int], buffer_bytes: int) -> Learned:
+        """Give what was computed between two units' starts to the first of them."""
+        by_anchor = {id(unit.anchor()): unit.index for unit in units if unit.index in announced}
+        steps: list[list] = []
+        lead = 0.0
+        for module, seconds in observed.firings:
+            index = by_anchor.get(module)
+            if index is not None:
+                steps.append([index, seconds])
+            elif steps:
+                steps[-1][1] += seconds
+            else:
+                lead += seconds
+        first: dict[int, int] = {}
+        for place, (index, _) in enumerate(steps):
+            first.setdefault(index, place)
+        # Nothing to move means no measurement and nothing to stream either: any rate will do.
+        rate = observed.bandwidth or 1e12
+        return cls(tuple((index, seconds) for index, seconds in steps), lead, rate, first, buffer_bytes)
+
+    @property
+    def compute_seconds(self) -> float:
+        """Seconds per pass with everything resident, as the learning pass saw it."""
+        return self.lead_seconds + sum(seconds for _, seconds in self.steps)
+
+    def workload(self, units: Sequence[Unit]) -> Workload:
+        """The pass as numbers for the planner."""
+        return Workload(
+            steps=self.steps,
+            nbytes={unit.index: align(unit.nbytes) for unit in units},
+            bandwidth=self.bandwidth,
+            must_reside=frozenset(unit.index for unit in units if unit.must_reside),
+            fixed_bytes=self.buffer_bytes,
+            copy_overhead_seconds=COPY_OVERHEAD_SECONDS,
+            lead_seconds=self.lead_seconds,
+        )
+
+    def least_budget(self, units: Sequence[Unit]) -> int:
+        """Bytes; see `core.plan.least_budget`."""
+        return least_budget(self.workload(units))
+
+    def plan(self, units: Sequence[Unit], budget_bytes: int, lookahead_bytes: int, small_unit_bytes: int) -> Plan:
+        """See `core.plan.make_plan`."""
+        return make_plan(self.workload(units), budget_bytes, lookahead_bytes=lookahead_bytes, small_unit_bytes=small_unit_bytes)
+
+

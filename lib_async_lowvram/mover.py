@@ -1,0 +1,240 @@
+"""`AsyncModelMover`: the face of the library - attach networks, run them, read the status.
+
+Problem: a host has several networks that never run at once and one device they all must fit on. The mover holds them
+together: at most one network is *in use* (has device memory); when another one starts a pass, it is left first.
+
+    mover = AsyncModelMover(OffloadConfig(budget_bytes=600 << 20), "cuda:0")
+    mover.attach({"unet": unet, "text": text_encoder})
+    ...                       # call the modules as ever, with gradients off
+    mover.detach()
+
+Threads: any method may be called from any thread. Passes run on the caller's thread; what another thread asks for in the
+middle of one (`drain`, `detach`, `configure`) is done when that pass ends.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lib_async_lowvram.config import OffloadConfig
+from lib_async_lowvram.context import Context
+from lib_async_lowvram.core.stats import Trace
+from lib_async_lowvram.device.address_ranges import HostRanges
+from lib_async_lowvram.device.choose import open_streams
+from lib_async_lowvram.device.host_memory import HostMemory
+from lib_async_lowvram.device.placement import PlacementChecker
+from lib_async_lowvram.device.streams import Streams
+from lib_async_lowvram.log import logger
+from lib_async_lowvram.network import Network
+from lib_async_lowvram.network_spec import NetworkSpec
+from lib_async_lowvram.status import describe
+
+
+class AsyncModelMover:
+    """Moves the weights of attached networks to the device while it computes.
+
+    Attributes:
+        streams: the device. config: what applies from the next pass on.
+        on_demote: called with the reason after `demote` has put everything back.
+        on_network_change: called with the name of the network that takes the device, or None when it is left.
+        demoted: the reason, once `demote` was called; "" before. last_error: the newest error, one line.
+    """
+
+    def __init__(self, config: OffloadConfig | None = None, device: str | torch.device | Streams | None = None) -> None:
+        """`device`: "cuda:1", "simulated", a `torch.device`, a `Streams` (which stays the caller's to close), or None for
+        the best at hand. Raises `UnsupportedDevice` with one line saying why for a device nobody can drive."""
+        self.config = config or OffloadConfig()
+        self._owns_streams = not isinstance(device, Streams)
+        self.streams: Streams = open_streams(device) if self._owns_streams else device
+        checker = ranges = None
+        if self.config.check_placement:
+            ranges = HostRanges()
+            checker = PlacementChecker(ranges.overlaps, counting=True)
+        host = HostMemory(self.streams, self.config.pinned_limit_bytes)
+        self._context = Context(self.streams, host, self.config, checker, ranges)
+        self._networks: dict[str, Network] = {}
+        self._current: Network | None = None
+        self._deferred: list[Callable[[], None]] = []
+        self.on_demote: Callable[[str], None] | None = None
+        self.on_network_change: Callable[[str | None], None] | None = None
+        self.demoted = ""
+        self.last_error = ""
+
+    # -- attaching -----------------------------------------------------------------------------------------------------
+    def attach(self, networks: Mapping[str, nn.Module | NetworkSpec]) -> AsyncModelMover:
+        """Pack, pin and hook the given networks; their parameters become views of host masters. Returns the mover.
+
+        A plain module is one network, and one call of it one pass. Its learning pass holds all of it on the device when
+        that fits, else one child at a time. Raises `ValueError` for a name in use or a module another mover manages.
+        """
+        with self._context.lock:
+            for name, network in networks.items():
+                if name in self._networks:
+                    raise ValueError(f"a network named {name!r} is attached already")
+                spec = network if isinstance(network, NetworkSpec) else self._spec_of(network)
+                self._networks[name] = Network(name, spec, self._context, self._take_over, self._pass_ended)
+        return self
+
+    def _spec_of(self, module: nn.Module) -> NetworkSpec:
+        tensors = [*module.parameters(), *module.buffers()]
+        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        # All of it at once is right for every module; only a model that would not leave half of the device is split.
+        return NetworkSpec.of(module, whole=2 * nbytes <= self.streams.free_memory())
+
+    def detach(self, names: Iterable[str] | None = None) -> None:
+        """Leave, take every hook off, unpin. Parameters stay ordinary host tensors. All networks unless named."""
+
+        def now() -> None:
+            for name in list(self._networks) if names is None else list(names):
+                network = self._networks.pop(name, None)
+                if network is not None:
+                    if network is self._current:
+                        self._leave()
+                    network.detach()
+
+        self._between_passes(now)
+
+    @property
+    def is_attached(self) -> bool:
+        return bool(self._networks)
+
+    def forget_dead(self) -> list[str]:
+        """Drop networks whose modules are gone or were moved to the meta device; their names."""
+        with self._context.lock:
+            dead = [name for name, network in self._networks.items() if not network.alive]
+            if dead:
+                self.detach(dead)
+            return dead
+
+    def __enter__(self) -> AsyncModelMover:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Detach everything, and close the streams if the mover opened them."""
+        self.detach()
+        if self._owns_streams:
+            self.streams.close()
+
+    # -- passes --------------------------------------------------------------------------------------------------------
+    @contextmanager
+    def running(self, name: str) -> Iterator[None]:
+        """One pass of a network whose spec has no span. Nested use is part of the same pass."""
+        network = self._networks[name]
+        with self._context.lock:
+            nested = network.in_pass and network.thread == threading.get_ident() and network.opened_by_caller
+            if not nested:
+                network.begin_pass()
+                network.opened_by_caller = True
+        complete = False
+        try:
+            yield
+            complete = True
+        finally:
+            if not nested:
+                with self._context.lock:
+                    network.opened_by_caller = False
+                    network.end_pass(complete)
+
+    def prepare(self, name: str) -> None:
+        """Start the first onloads of a network now, without waiting for them. Nothing before it has learned."""
+        with self._context.lock:
+            network = self._networks.get(name)
+            if network is not None and not self.in_pass:
+                network.prepare()
+
+    def _take_over(self, network: Network) -> None:
+        """`network` is about to start a pass: leave the one that is in use."""
+        for action in self._take_deferred():
+            action()
+        if self._context.config is not self.config:
+            self._context.config = self.config
+            self._context.host.pinned_limit_bytes = self.config.pinned_limit_bytes
+            for each in self._networks.values():
+                each.replan()
+        if self._current is not network:
+            if self._current is not None:
+                self._current.leave()
+            self._current = network
+            if self.on_network_change is not None:
+                self.on_network_change(network.name)
+
+    def _take_deferred(self) -> list[Callable[[], None]]:
+        actions, self._deferred = self._deferred, []
+        return actions
+
+    def _pass_ended(self) -> None:
+        for action in self._take_deferred():
+            action()
+
+    def _between_passes(self, action: Callable[[], None]) -> None:
+        """Do it now, or when the pass that another thread is in the middle of ends."""
+        with self._context.lock:
+            current = self._current
+            if current is not None and current.in_pass and current.thread != threading.get_ident():
+                self._deferred.append(action)
+            else:
+                action()
+
+    @property
+    def in_pass(self) -> bool:
+        return self._current is not None and self._current.in_pass
+
+    @property
+    def current_network(self) -> str | None:
+        """Name of the network that has device memory, or None."""
+        return self._current.name if self._current is not None else None
+
+    # -- between passes ------------------------------------------------------------------------------------------------
+    def drain(self) -> None:
+        """Leave the network in use: masters true, nothing in flight, device memory given back."""
+        self._between_passes(self._leave)
+
+    def _leave(self) -> None:
+        if self._current is not None:
+            network, self._current = self._current, None
+            network.leave()
+            if self.on_network_change is not None:
+                self.on_network_change(None)
+
+    def configure(self, config: OffloadConfig) -> None:
+        """Use another configuration from the next pass on."""
+        if config != self.config:
+            self.config = config
+
+    def mark_dirty(self, module: nn.Module) -> bool:
+        """Tell of a change nobody can see: weights of `module` written through `.data`. False when they are not ours."""
+        with self._context.lock:
+            return any([network.mark_dirty(module) for network in self._networks.values()])
+
+    def demote(self, reason: str) -> None:
+        """Give up for good: detach everything, keep the reason, tell the host."""
+        if not self.demoted:
+            self.demoted = self.last_error = reason
+            logger.error("giving way to stock moving: %s", reason)
+            self.detach()
+            if self.on_demote is not None:
+                self.on_demote(reason)
+
+    # -- looking -------------------------------------------------------------------------------------------------------
+    @property
+    def trace(self) -> Trace | None:
+        """Where spans of the streams go while set."""
+        return self._context.trace
+
+    @trace.setter
+    def trace(self, trace: Trace | None) -> None:
+        self._context.trace = trace
+
+    def status(self) -> dict[str, Any]:
+        """What DESIGN.md's Status lists, and more; JSON-ready. Bytes, seconds."""
+        with self._context.lock:
+            return describe(self._context, self._networks, self._current, self.demoted, self.last_error)

@@ -1,0 +1,168 @@
+"""A pass moved as stock moves it: one whole region on the device at a time, both ways waited for.
+
+Two uses. The *learning pass* of a network runs like this while every module is observed: which fire, in what order, nested
+how, for how long. Only with a whole region on the device can a module that holds weights but never fires be found without
+breaking anything. And a pass with gradients enabled runs like this unobserved, because autograd keeps references that a
+ring would overwrite.
+
+I2: at most one region's weights (plus loose tensors and weights outside all regions) are on the device: never more than
+stock. Called by `network` on the sampling thread; every copy is waited for.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lib_async_lowvram.core.states import UnitState
+from lib_async_lowvram.device.loose import LooseTensors
+from lib_async_lowvram.device.streams import Event
+from lib_async_lowvram.device.weights import Change, Unit
+
+if TYPE_CHECKING:
+    from lib_async_lowvram.network import Network
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a learning pass saw.
+
+    Attributes:
+        firings: (id of module, seconds from its start to the start of the next firing, moves not counted).
+        fired: ids of modules that fired.
+        bandwidth: of the moves to the device, bytes per second; 0.0 when nothing was moved.
+    """
+
+    firings: tuple[tuple[int, float], ...]
+    fired: frozenset[int]
+    bandwidth: float
+
+
+class RegionPass:
+    """Holds at most one region, and (when `observe`) writes down what fires."""
+
+    def __init__(self, network: Network, observe: bool) -> None:
+        self._network = network
+        self._streams = network.context.streams
+        self._observe = observe
+        self._held: int | None = None
+        self._on_device: list[Unit] = []
+        self._loose: LooseTensors | None = None
+        self._marks: list[tuple[int | None, Event]] = []  # (id of module, or None for the end of a move; when)
+        self._fired: dict[int, weakref.ref[nn.Module]] = {}
+        self._copies: list[tuple[int, Event, Event]] = []  # (bytes, start, end) of each onload
+        with network.judged(False):
+            self._always = network.units_outside_regions()
+            self._load(self._always)
+            self._root_loose = LooseTensors(self._streams, network.modules_outside_regions(), network.unmanaged)
+        self._mark(None)
+
+    # -- what the hooks tell -------------------------------------------------------------------------------------------
+    def before(self, module: nn.Module) -> None:
+        """A module is about to run: hold its region."""
+        region = self._network.region_of(module)
+        if region is not None and region != self._held:
+            self._hold(region)
+        if self._observe:
+            self._fired.setdefault(id(module), weakref.ref(module))
+            self._mark(id(module))
+
+    def _mark(self, what: int | None) -> None:
+        if self._observe:
+            streams = self._streams
+            self._marks.append((what, streams.record(streams.current_stream(), timing=True)))
+
+    # -- moves ---------------------------------------------------------------------------------------------------------
+    def _hold(self, region: int) -> None:
+        self._mark(None)  # what was computed so far ends here; the move is nobody's
+        with self._network.judged(False):
+            self._let_go()
+            self._held = region
+            self._load(self._network.units_of(region))
+            self._loose = LooseTensors(self._streams, self._network.modules_of(region), self._network.unmanaged)
+        self._mark(None)
+
+    def _load(self, units: list[Unit]) -> None:
+        streams, network = self._streams, self._network
+        for unit in units:
+            if unit.state is not UnitState.HOST:
+                continue  # held for the whole pass already
+            network.true_up(unit)
+            memory = streams.allocate(unit.nbytes)
+            unit.to(UnitState.ONLOADING)
+            unit.bind(memory)
+            start = streams.record(streams.onload_stream, timing=True)
+            streams.copy(memory, unit.master, streams.onload_stream)
+            self._copies.append((unit.nbytes, start, streams.record(streams.onload_stream, timing=True)))
+            self._on_device.append(unit)
+        end = streams.record(streams.onload_stream)
+        streams.synchronize(end)
+        streams.wait(streams.current_stream(), end)
+        for unit in units:
+            if unit.state is UnitState.ONLOADING:
+                unit.to(UnitState.READY)
+                unit.publish()
+
+    def _let_go(self, all_of_them: bool = False) -> None:
+        if self._loose is not None:
+            self._loose.leave()
+            self._loose = None
+        stay = [] if all_of_them else self._always
+        for unit in self._on_device:
+            if unit not in stay:
+                self._unload(unit)
+        self._on_device = [unit for unit in self._on_device if unit in stay]
+        self._held = None
+
+    def _unload(self, unit: Unit) -> None:
+        streams = self._streams
+        memory = unit.memory
+        consumed = streams.record(streams.current_stream())
+        change = unit.device_change()
+        if change is Change.LAYOUT:
+            unit.to(UnitState.WRITE_BACK)
+            self._network.adopt(unit)
+        else:
+            if change is Change.VALUES:
+                unit.to(UnitState.WRITE_BACK)
+                streams.wait(streams.offload_stream, consumed)
+                streams.copy(unit.master, memory, streams.offload_stream)
+                streams.synchronize(streams.record(streams.offload_stream))
+                self._network.counters.write_backs += 1
+            unit.unpublish()
+            unit.dirty = False
+        unit.to(UnitState.HOST)
+        unit.unbind()
+        streams.free(memory, (consumed,))
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+    def close(self) -> Observed | None:
+        """Everything back to the host. What was observed, or None when nothing was."""
+        self._mark(None)
+        with self._network.judged(False):
+            self._let_go(all_of_them=True)
+            self._root_loose.leave()
+        if not self._observe:
+            return None
+        marks, streams = self._marks, self._streams
+        if marks:
+            streams.synchronize(marks[-1][1])
+        firings = []
+        for (what, when), (_, then) in zip(marks, marks[1:]):
+            if what is not None:
+                firings.append((what, max(0.0, streams.elapsed(when, then))))
+        fired = frozenset(number for number, ref in self._fired.items() if ref() is not None)
+        return Observed(tuple(firings), fired, self._bandwidth())
+
+    def _bandwidth(self) -> float:
+        """From the largest copies, which make up half of the bytes: in small ones the latency drowns the rate."""
+        nbytes, seconds, half = 0, 0.0, sum(size for size, _, _ in self._copies) / 2
+        for size, start, end in sorted(self._copies, key=lambda copy: -copy[0]):
+            if nbytes >= half:
+                break
+            nbytes += size
+            seconds += self._streams.elapsed(start, end)
+        return nbytes / seconds if seconds > 0 else 0.0

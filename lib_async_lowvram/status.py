@@ -1,0 +1,87 @@
+"""The mover's status as one JSON-ready dictionary: sums over its networks, figures of the one used last, and each network.
+
+Called under the mover's lock, from any thread; reads only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lib_async_lowvram import __version__
+from lib_async_lowvram.context import Context
+from lib_async_lowvram.network import Network
+
+_SUMS = ("passes", "learning_passes", "hits", "misses", "refetches", "write_backs", "adopted", "skipped", "host_waits", "streamed_bytes")
+
+
+def describe(context: Context, networks: Mapping[str, Network], current: Network | None, demoted: str, last_error: str) -> dict[str, Any]:
+    """See the module. Keys as in DESIGN.md, Status. `efficiency` and the like are None until a steady pass was measured."""
+    each = {name: _network(network) for name, network in networks.items()}
+    shown = current or _busiest(networks)
+    figures = _figures(context, shown)
+    peak, learning_peak = context.peaks.read()
+    sums = {key: sum(network[key] for network in each.values()) for key in _SUMS}
+    return {
+        "version": __version__,
+        "state": "demoted" if demoted else "active" if sums["passes"] else "learning",
+        "reason": demoted or ("" if sums["passes"] else "no network has finished its learning pass and a streamed pass yet"),
+        "device": context.streams.name,
+        "pinned_bytes": context.host.pinned_bytes,
+        "pinned_limit_bytes": context.host.pinned_limit_bytes,
+        "host_bytes": context.host.host_bytes,
+        "allocated_bytes": context.streams.allocated_bytes,
+        "peak_weight_bytes": peak,
+        "learning_peak_bytes": learning_peak,
+        "placement_faults": context.checker.faults if context.checker is not None else None,
+        "network": shown.name if shown is not None else None,
+        "in_use": current.name if current is not None else None,
+        **sums,
+        **figures,
+        "networks": each,
+        "last_error": last_error or (context.checker.last_fault if context.checker is not None else None) or "",
+    }
+
+
+def _busiest(networks: Mapping[str, Network]) -> Network | None:
+    return max(networks.values(), key=lambda network: network.counters.passes, default=None)
+
+
+def _network(network: Network) -> dict[str, Any]:
+    counters, plan = network.counters, network.plan
+    return {
+        "units": len(network.units),
+        "weight_bytes": sum(unit.nbytes for unit in network.units),
+        "budget_bytes": plan.budget_bytes if plan else 0,
+        "resident_bytes": sum(network.units[unit].nbytes for unit in plan.resident) if plan else 0,
+        "ring_bytes": plan.ring_bytes if plan else 0,
+        "stall_seconds": counters.stall_seconds,
+        "pass_seconds": counters.pass_seconds,
+        "relearned": counters.relearned,
+        **{key: getattr(counters, key) for key in _SUMS},
+    }
+
+
+def _figures(context: Context, network: Network | None) -> dict[str, Any]:
+    """Of the network in use (or used most): its plan against what was measured."""
+    plan = network.plan if network is not None else None
+    learned = network.learned if network is not None else None
+    counters = network.counters if network is not None else None
+    seconds = counters.pass_seconds if counters is not None else 0.0
+    limit = plan.limit_seconds if plan else None
+    best = plan.prediction.seconds if plan else None
+    measured = bool(seconds and plan)
+    return {
+        "budget_bytes": plan.budget_bytes if plan else context.config.budget_bytes,
+        "resident_bytes": sum(network.units[unit].nbytes for unit in plan.resident) if plan else 0,
+        "ring_bytes": plan.ring_bytes if plan else 0,
+        "bandwidth_bytes_per_s": learned.bandwidth if learned else None,
+        "streamed_bytes_per_pass": counters.streamed_bytes_last_pass if counters else 0,
+        "pass_seconds": seconds or None,
+        "stall_seconds": counters.stall_seconds_last_pass if counters else 0.0,
+        "limit_seconds": limit,
+        "best_schedule_seconds": best,
+        "efficiency": limit / seconds if measured else None,
+        "schedule_efficiency": best / seconds if measured else None,
+        "bound": ("copy" if plan.limit_seconds > learned.compute_seconds else "compute") if plan and learned else None,
+    }

@@ -1,0 +1,372 @@
+"""A network in use: residents in their blocks, everything else through the ring, copies ahead of the computing.
+
+Problem: at every acquire the unit's copy should long be done, and at every release the next copies should already be under
+way, without the host ever waiting (I3), without allocating (I2), and without anybody reading a weight before its copy or
+overwriting one before its last use.
+
+How: `issue_ahead` walks the execution order from the position reached, enqueuing onloads on the copy stream until a unit's
+place in the ring is taken; it runs at every acquire and release, and wraps into the next pass. Each onload waits on the copy
+stream for the fences of whoever was there before. `acquire` makes the *consumer's current stream* wait for the copy, then
+publishes (I4). `release` records the last use, drops a clean copy and writes a changed one back (I5), and vacates the slot
+behind that event. A unit whose next use is already within the lookahead is kept instead.
+
+Residents are onloaded in the same order during the first pass after the network is entered; each has hooks only until it has
+arrived, and from then on one sweep per pass's start and end looks for changes.
+
+Lives from `Network.enter` to `leave`. Called by `network` under the mover's lock, on the thread that runs the network.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from lib_async_lowvram.core.ring import Ring
+from lib_async_lowvram.core.states import UnitState
+from lib_async_lowvram.device.arena import Arena
+from lib_async_lowvram.device.loose import LooseTensors
+from lib_async_lowvram.device.streams import Event, Stream
+from lib_async_lowvram.device.weights import Change, Unit
+
+if TYPE_CHECKING:
+    from lib_async_lowvram.network import Network
+
+
+class Streaming:
+    """See the module. Raises torch's out-of-memory error from the constructor with nothing held."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._streams = network.context.streams
+        self._counters = network.counters
+        self._order = network.order
+        self._units = network.units
+        plan = network.plan
+        self._ring = Ring(plan.offsets, {unit: network.units[unit].nbytes for unit in plan.offsets}, plan.ring_bytes)
+        self.arena = Arena(self._streams, plan.ring_bytes, {unit: network.units[unit].nbytes for unit in sorted(plan.resident)})
+        self._issued = 0  # occurrences after the order's position whose onload is issued
+        self._in_use: dict[int, Unit] = {}
+        self._started: dict[int, float] = {}  # for the trace only
+        self._arriving = deque(network.arrival_order())  # residents not yet onloaded
+        self._arrived: list[Unit] = []
+        self._spare: dict[int, object] = {}  # units that outgrew their slot: their own block until released
+        try:
+            self._loose = LooseTensors(self._streams, network.modules(), network.unmanaged)
+        except BaseException:
+            self.arena.close(())
+            raise
+        # Nobody announces these: they must be there before anything runs.
+        for unit in [unit for unit in self._arriving if unit.anchor is None or unit.index not in network.announced]:
+            self._onload_resident(unit)
+
+    # -- acquire -------------------------------------------------------------------------------------------------------
+    def acquire(self, unit: Unit) -> None:
+        """`unit` is about to be read by the calling thread's current stream."""
+        if unit.depth:
+            unit.depth += 1
+            return
+        if unit.resident:
+            self._arrive(unit)
+            return
+        counters = self._counters
+        followed = self._order.advance(unit.index)
+        if followed:
+            if self._issued:
+                self._issued -= 1
+        else:
+            counters.skipped += 1
+            self._resynchronise()
+        if unit.pending:
+            unit.pending -= 1
+        stale = self._check_master(unit)
+        if unit.state is UnitState.HOST or unit.state is UnitState.WRITE_BACK:
+            counters.misses += 1
+            self._make_room(unit)
+            self._onload(unit)
+        elif stale:
+            counters.refetches += 1
+            self._copy(unit)
+        else:
+            counters.hits += 1
+        self._wait_and_publish(unit)
+        unit.to(UnitState.IN_USE)
+        unit.depth = 1
+        self._in_use[unit.index] = unit
+        self.issue_ahead()
+        if self._network.context.trace is not None:
+            self._started[unit.index] = time.perf_counter()
+
+    def _check_master(self, unit: Unit) -> bool:
+        """Look for changes made while the parameters pointed at the master. True when a copy already made is stale."""
+        change = unit.host_change()
+        if change is Change.NONE and not unit.dirty:
+            return False
+        if change is Change.LAYOUT:
+            self._settle(unit)
+            if unit.copied is not None:
+                self._streams.synchronize(unit.copied)  # a copy in flight may still read the master about to be replaced
+            if unit.state is UnitState.ONLOADING or unit.state is UnitState.READY:
+                self._vacate(unit, self._streams.current_stream())
+            self._network.adopt(unit)
+            return False
+        if unit.state is UnitState.WRITE_BACK:
+            self._settle(unit)
+        unit.accept_versions()
+        return unit.state is not UnitState.HOST
+
+    def _settle(self, unit: Unit) -> None:
+        """Wait on the host for a write-back: the master is about to be read or replaced by the host."""
+        if unit.state is UnitState.WRITE_BACK:
+            self._streams.synchronize(unit.written)
+            unit.to(UnitState.HOST)
+
+    def _wait_and_publish(self, unit: Unit) -> None:
+        streams, trace = self._streams, self._network.context.trace
+        consumer = streams.current_stream()
+        if trace is None:
+            streams.wait(consumer, unit.copied)
+        else:
+            start = time.perf_counter()
+            streams.wait(consumer, unit.copied)
+            trace.add("stall", unit.name, start, time.perf_counter())
+        if unit.state is UnitState.ONLOADING:
+            unit.to(UnitState.READY)
+        unit.publish()
+
+    # -- release -------------------------------------------------------------------------------------------------------
+    def release(self, unit: Unit) -> None:
+        """The calling thread's current stream has been given its last work on `unit`. Tolerates an acquire that failed."""
+        if unit.depth > 1:
+            unit.depth -= 1
+            return
+        if unit.resident or unit.index not in self._in_use:
+            return
+        self._finish(unit)
+        self.issue_ahead()
+
+    def _finish(self, unit: Unit) -> None:
+        unit.depth = 0
+        del self._in_use[unit.index]
+        started = self._started.pop(unit.index, None)
+        if started is not None and self._network.context.trace is not None:
+            self._network.context.trace.add("compute", unit.name, started, time.perf_counter())
+        consumer = self._streams.current_stream()
+        change = unit.device_change()
+        if change is Change.LAYOUT:
+            unit.to(UnitState.WRITE_BACK)
+            self._network.adopt(unit)
+            unit.to(UnitState.HOST)
+            self._vacate(unit, consumer)
+            return
+        if change is Change.VALUES:
+            unit.to(UnitState.WRITE_BACK)
+            self._write_back(unit, consumer)
+        unit.unpublish()
+        unit.dirty = False
+        if unit.pending:
+            if unit.state is not UnitState.READY:
+                unit.to(UnitState.READY)  # the copy kept here is the newer one
+        else:
+            self._vacate(unit, consumer)
+
+    def _write_back(self, unit: Unit, consumer: Stream) -> None:
+        streams = self._streams
+        changed = streams.record(consumer)
+        streams.wait(streams.offload_stream, changed)
+        streams.copy(unit.master, unit.memory[: unit.nbytes], streams.offload_stream)
+        unit.written = streams.record(streams.offload_stream)
+        self._network.copying("write-back", unit)
+        self._counters.write_backs += 1
+
+    def _vacate(self, unit: Unit, consumer: Stream) -> None:
+        """Forget the device copy; its place may be overwritten after what has been enqueued so far."""
+        streams = self._streams
+        if unit.state is UnitState.WRITE_BACK:
+            fence, key = unit.written, "write-back"  # after the consumer's last use, too
+        elif unit.state is UnitState.ONLOADING:
+            fence, key = unit.copied, "onload"
+            unit.to(UnitState.HOST)
+        else:
+            fence, key = streams.record(consumer), consumer
+            if unit.state is not UnitState.HOST:
+                if unit.state is UnitState.IN_USE:
+                    unit.to(UnitState.READY)
+                unit.to(UnitState.HOST)
+        unit.pending = 0
+        spare = self._spare.pop(unit.index, None)
+        if spare is not None:
+            unit.unbind()
+            streams.free(spare, (fence,))
+            return
+        ring = self._ring
+        vacant = streams.discard(self.arena.slot(ring.offsets[unit.index], ring.nbytes[unit.index]), fence)
+        ring.vacate(unit.index, key if vacant is fence else ("discard", unit.index), vacant)
+
+    # -- onloads -------------------------------------------------------------------------------------------------------
+    def issue_ahead(self) -> None:
+        """Enqueue as many further onloads as there is room for, in execution order."""
+        order, units, ring = self._order, self._units, self._ring
+        count = len(order)
+        while self._issued < count:
+            unit = units[order.ahead(self._issued + 1)]
+            if self._arriving:
+                self._residents_before(unit)
+            if unit.state is UnitState.HOST or unit.state is UnitState.WRITE_BACK:
+                if unit.nbytes > ring.nbytes[unit.index]:
+                    self._issued += 1  # outgrew its slot: fetched on demand until the next plan
+                    continue
+                if not ring.is_free(unit.index) and not self._evict_unwanted(unit):
+                    return
+                self._onload(unit)
+            unit.pending += 1
+            self._issued += 1
+        while self._arriving:
+            self._onload_resident(self._arriving[0])
+
+    def _residents_before(self, unit: Unit) -> None:
+        """Residents that fire before `unit` are onloaded before it."""
+        place = self._network.first_firing(unit)
+        while self._arriving and self._network.first_firing(self._arriving[0]) < place:
+            self._onload_resident(self._arriving[0])
+
+    def _evict_unwanted(self, unit: Unit) -> bool:
+        """Free `unit`'s place if only copies nobody is waiting for stand there."""
+        standing = [self._units[other] for other in self._ring.blockers(unit.index)]
+        if any(other.pending or other.depth for other in standing):
+            return False
+        for other in standing:
+            self._vacate(other, self._streams.current_stream())
+        return True
+
+    def _make_room(self, unit: Unit) -> None:
+        """Free `unit`'s place at once, dropping prefetched copies if need be."""
+        if unit.nbytes > self._ring.nbytes[unit.index]:
+            return
+        for other in self._ring.blockers(unit.index):
+            blocker = self._units[other]
+            if blocker.depth:
+                raise RuntimeError(f"{unit.name} needs the place of {blocker.name}, which is in use")
+            self._vacate(blocker, self._streams.current_stream())
+            self._resynchronise()
+
+    def _resynchronise(self) -> None:
+        """The order jumped: what is on the device stays, but nothing counts as issued any more."""
+        self._issued = 0
+        for index in self._ring.live:
+            self._units[index].pending = 0
+
+    def _onload(self, unit: Unit) -> None:
+        """Take `unit`'s place, free by now, and enqueue its copy."""
+        if unit.state is UnitState.WRITE_BACK:
+            unit.to(UnitState.HOST)  # for the copy stream, which waits below; the host has not waited
+        streams, ring = self._streams, self._ring
+        if unit.nbytes > ring.nbytes[unit.index]:
+            memory = self._spare[unit.index] = streams.allocate(unit.nbytes)
+        else:
+            for fence in ring.occupy(unit.index):
+                streams.wait(streams.onload_stream, fence)
+            memory = self.arena.slot(ring.offsets[unit.index], unit.nbytes)
+        unit.bind(memory)
+        self._copy(unit)
+
+    def _copy(self, unit: Unit) -> None:
+        streams = self._streams
+        unit.to(UnitState.ONLOADING)
+        if unit.written is not None:
+            streams.wait(streams.onload_stream, unit.written)
+            unit.written = None
+        streams.copy(unit.memory[: unit.nbytes], unit.master, streams.onload_stream)
+        unit.copied = streams.record(streams.onload_stream)
+        self._counters.streamed_bytes += unit.nbytes
+        self._network.copying("copy", unit)
+
+    # -- residents -----------------------------------------------------------------------------------------------------
+    def _onload_resident(self, unit: Unit) -> None:
+        self._arriving.remove(unit)
+        self._network.true_up(unit)
+        unit.bind(self.arena.block(unit.index, unit.nbytes))
+        self._copy(unit)
+        self._arrived.append(unit)
+        if unit.anchor is None or unit.index not in self._network.announced:
+            self._wait_and_publish(unit)
+
+    def _arrive(self, unit: Unit) -> None:
+        """A resident is used for the first time since the network was entered."""
+        if unit.state is UnitState.HOST:
+            self._onload_resident(unit)
+        if unit.state is UnitState.ONLOADING:
+            self._wait_and_publish(unit)
+        self._network.hooks_off(unit)
+
+    def all_arrived(self) -> None:
+        """At the first complete pass's end: residents that did not fire in it are published as well."""
+        while self._arriving:
+            self._onload_resident(self._arriving[0])
+        for unit in self._arrived:
+            if unit.state is UnitState.ONLOADING:
+                self._wait_and_publish(unit)
+            self._network.hooks_off(unit)
+
+    def sweep(self) -> None:
+        """Look for changes in the residents that are published (they carry no hooks), and write them back."""
+        consumer = self._streams.current_stream()
+        for unit in self._arrived:
+            if unit.state is UnitState.WRITE_BACK:
+                unit.to(UnitState.READY)
+            if unit.state is not UnitState.READY:
+                continue
+            change = unit.device_change()
+            if change is Change.VALUES:
+                unit.to(UnitState.WRITE_BACK)
+                self._write_back(unit, consumer)
+                unit.accept_versions()
+            elif change is Change.LAYOUT:
+                self._network.adopt(unit)
+                unit.bind(self.arena.block(unit.index, unit.nbytes))
+                self._copy(unit)
+                self._wait_and_publish(unit)
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+    def finish_leftovers(self) -> None:
+        """Release what a BaseException left in use."""
+        for unit in list(self._in_use.values()):
+            self._finish(unit)
+
+    def begin_pass(self) -> None:
+        """The order's position goes back to the start; what is issued already stays issued when it wrapped round."""
+        self.finish_leftovers()
+        self.sweep()
+        at_end = self._order.position == len(self._order) - 1
+        fresh = self._order.position == -1
+        self._order.begin_pass()
+        if not (at_end or fresh):
+            self._resynchronise()
+        self.issue_ahead()
+
+    def close(self) -> None:
+        """Masters true and published, nothing in flight, memory given back. Blocks the host."""
+        streams = self._streams
+        self.finish_leftovers()
+        self.sweep()
+        pending: list[Event] = [streams.record(streams.onload_stream), streams.record(streams.offload_stream)]
+        for event in pending:
+            streams.synchronize(event)
+        consumed = streams.record(streams.current_stream())
+        for unit in self._units:
+            if unit.state is UnitState.HOST and unit.memory is None:
+                continue
+            if unit.resident and unit.state in (UnitState.READY, UnitState.WRITE_BACK):
+                unit.unpublish()
+            if unit.state is not UnitState.HOST:
+                unit.to(UnitState.HOST)
+            unit.unbind()
+            unit.pending = unit.depth = 0
+            unit.copied = unit.written = None
+        self._loose.leave()
+        for block in self._spare.values():
+            streams.free(block, (consumed,))
+        self._spare.clear()
+        self.arena.close((consumed,))
+        self._arriving.clear()
+        self._arrived.clear()

@@ -1,0 +1,104 @@
+"""The hooks that sit on modules: plain functions over weak registries.
+
+Problem: a bound method among a module's hooks makes `deepcopy(module)` copy the mover, its threads and its streams with it
+(I7). So the hooks are module-level functions, and what they act for is looked up by module in a weak registry. A copied
+module carries the function but is not in the registry, and passes through untouched.
+
+Four roles. *span*: one call is one pass. *unit*: acquire and release, in streamed passes, on streamed units only. *arrival*:
+a resident on its way to the device for the first time; removes itself. *observed*: every module, in passes that move regions.
+Post hooks are registered with `always_call`, which covers exceptions but not BaseException (the WebUI's interrupt): what is
+left in use then is swept at the next pass's start, at leave and at drain.
+
+Called on the thread that runs the network, on its current stream.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import nn
+
+
+class Actor(Protocol):
+    """What a hook acts for."""
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """Pre-forward: None, or (args, kwargs) to use instead."""
+
+    def after(self, module: nn.Module) -> None:
+        """Post-forward, whatever happened inside short of a BaseException."""
+
+
+_Registry = weakref.WeakKeyDictionary
+_SPANS: _Registry[nn.Module, Actor] = _Registry()
+_UNITS: _Registry[nn.Module, Actor] = _Registry()
+_OBSERVED: _Registry[nn.Module, Actor] = _Registry()
+
+
+def _span_before(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    actor = _SPANS.get(module)
+    return None if actor is None else actor.before(module, args, kwargs)
+
+
+def _span_after(module: nn.Module, args: tuple, output: Any) -> None:
+    actor = _SPANS.get(module)
+    if actor is not None:
+        actor.after(module)
+
+
+def _unit_before(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    actor = _UNITS.get(module)
+    return None if actor is None else actor.before(module, args, kwargs)
+
+
+def _unit_after(module: nn.Module, args: tuple, output: Any) -> None:
+    actor = _UNITS.get(module)
+    if actor is not None:
+        actor.after(module)
+
+
+def _observed_before(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    actor = _OBSERVED.get(module)
+    return None if actor is None else actor.before(module, args, kwargs)
+
+
+def _observed_after(module: nn.Module, args: tuple, output: Any) -> None:
+    actor = _OBSERVED.get(module)
+    if actor is not None:
+        actor.after(module)
+
+
+_ROLES: dict[str, tuple[_Registry, Callable, Callable]] = {
+    "span": (_SPANS, _span_before, _span_after),
+    "unit": (_UNITS, _unit_before, _unit_after),
+    "observed": (_OBSERVED, _observed_before, _observed_after),
+}
+
+
+class Installed:
+    """One role's hooks on one module. Holds the module weakly; `remove` is idempotent."""
+
+    __slots__ = ("_handles", "_module", "_registry")
+
+    def __init__(self, role: str, module: nn.Module, actor: Actor) -> None:
+        self._registry, before, after = _ROLES[role]
+        if module in self._registry:
+            raise ValueError(f"{type(module).__name__} is already managed by a mover ({role})")
+        self._registry[module] = actor
+        self._module = weakref.ref(module)
+        # First in, last out: other people's hooks on the module see the weights where the module itself does.
+        self._handles = (
+            module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+            module.register_forward_hook(after, always_call=True),
+        )
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        module = self._module()
+        if module is not None:
+            self._registry.pop(module, None)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = ()
