@@ -1,0 +1,189 @@
+"""Host memory for masters: page-aligned, exactly as large as asked for, pinned up to a limit.
+
+Problem: torch's pinned allocator rounds every request up to a power of two (1.2-1.3x on these models) and never gives
+memory back; and memory that is pinned must be unpinned before it is unmapped, although tensors over it may be held by
+anybody (a `state_dict` somebody kept) long after the mover is gone.
+
+Solution: each block is one anonymous private mapping of our own `mmap.mmap` subclass. `torch.frombuffer` keeps that
+object alive exactly as long as the storage; its `__del__` runs before the base class unmaps, so unpinning happens when
+the storage dies, whoever held it last. (`weakref.finalize` would not do: `mmap`'s deallocation clears weak references
+after the unmapping.)
+
+Invariants: pinned bytes never exceed the limit; blocks hold the ledger and the ledger holds no block, so nothing here is
+in a cycle and a block dies with its last reference.
+
+Threads: any. Blocks may die on any thread, in the middle of anything (garbage collection), so a dying block takes no lock:
+it changes the ledger by single dictionary operations, which the interpreter makes whole.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+import sys
+import threading
+
+import torch
+
+from .op_access import without_dispatch_modes
+from .streams import Streams
+
+logger = logging.getLogger("async_lowvram")
+
+
+class _Ledger:
+    """What lives and what is pinned, by address. Shared by a `HostMemory` and its blocks."""
+
+    __slots__ = ("living", "pinned", "streams")
+
+    def __init__(self, streams: Streams) -> None:
+        self.streams = streams
+        self.living: dict[int, int] = {}
+        self.pinned: dict[int, int] = {}
+
+
+class _Block(mmap.mmap):
+    """One mapping. Unpins itself before it is unmapped."""
+
+    def __new__(cls, nbytes: int) -> _Block:
+        if sys.platform == "win32":
+            return super().__new__(cls, -1, nbytes)
+        # Private: shared anonymous memory would be shmem, and a forked child's writes would show.
+        return super().__new__(cls, -1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def __init__(self, nbytes: int) -> None:
+        self.ledger: _Ledger | None = None
+        self.address = 0
+
+    def __del__(self) -> None:
+        ledger = self.ledger
+        if ledger is not None:
+            if ledger.pinned.pop(self.address, None) is not None:
+                ledger.streams.unpin(self.address)
+            ledger.living.pop(self.address, None)
+
+
+class HostMemory:
+    """Allocates and pins host blocks for one device.
+
+    Attributes:
+        pinned_limit_bytes: the most that is pinned at any time.
+        refusals: how often `pin` said no, by the limit or by the device.
+    """
+
+    def __init__(self, streams: Streams, pinned_limit_bytes: int = 0) -> None:
+        """`pinned_limit_bytes`: 0 for automatic, 40% of RAM on Windows, 60% elsewhere."""
+        self.pinned_limit_bytes = pinned_limit_bytes if pinned_limit_bytes > 0 else default_pinned_limit_bytes()
+        self.refusals = 0
+        self._ledger = _Ledger(streams)
+        self._lock = threading.Lock()
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """A one-dimensional uint8 tensor of `nbytes` zeros, page-aligned, with a storage of exactly that size."""
+        if nbytes < 0:
+            raise ValueError(f"cannot allocate {nbytes} bytes")
+        # A tensor born in inference mode could never be changed in place outside of it.
+        with torch.inference_mode(False), without_dispatch_modes():
+            if nbytes == 0:
+                return torch.empty(0, dtype=torch.uint8)
+            block = _Block(nbytes)
+            tensor = torch.frombuffer(block, dtype=torch.uint8, count=nbytes)
+        block.address = tensor.data_ptr()
+        block.ledger = self._ledger
+        self._ledger.living[block.address] = nbytes
+        return tensor
+
+    def pin(self, block: torch.Tensor) -> bool:
+        """Page-lock all of a block from `allocate` (any tensor over its whole storage will do). True when it is pinned
+        now, before or by this call; False when refused, which is counted, and logged the first time."""
+        address, nbytes = self._whole(block)
+        if not nbytes:
+            return True
+        with self._lock:
+            if address in self._ledger.pinned:
+                return True
+            wanted = self.pinned_bytes + nbytes
+            if wanted > self.pinned_limit_bytes:
+                self._refused(f"{nbytes} bytes more would be {wanted} of at most {self.pinned_limit_bytes}")
+                return False
+            if not self._ledger.streams.pin(address, nbytes):
+                self._refused(f"{self._ledger.streams.name} would not pin {nbytes} bytes (pinned so far: {self.pinned_bytes})")
+                return False
+            self._ledger.pinned[address] = nbytes
+            return True
+
+    def unpin(self, block: torch.Tensor) -> None:
+        """Undo `pin`; a block that is not pinned stays so. The caller has made sure no copy still uses it."""
+        address, nbytes = self._whole(block)
+        with self._lock:
+            if nbytes and self._ledger.pinned.pop(address, None) is not None:
+                self._ledger.streams.unpin(address)
+
+    def is_pinned(self, block: torch.Tensor) -> bool:
+        """Whether the block is pinned now. Nothing at all counts as pinned: copying it blocks nobody."""
+        address, nbytes = self._whole(block)
+        return not nbytes or address in self._ledger.pinned
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes pinned now, as requested; the last page of each block is locked whole."""
+        return sum(self._ledger.pinned.copy().values())
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of all living blocks, pinned or not."""
+        return sum(self._ledger.living.copy().values())
+
+    def _whole(self, block: torch.Tensor) -> tuple[int, int]:
+        """(address, bytes) of the block under a tensor. ValueError when it is none of ours."""
+        storage = block.untyped_storage()
+        if not storage.nbytes():
+            return 0, 0
+        address = storage.data_ptr()
+        nbytes = self._ledger.living.get(address)
+        if nbytes is None:
+            raise ValueError(f"the tensor at {address:#x} is not a block of this HostMemory")
+        return address, nbytes
+
+    def _refused(self, why: str) -> None:
+        self.refusals += 1
+        if self.refusals == 1:
+            logger.warning("pinned memory refused: %s. Such weights travel more slowly.", why)
+
+
+def default_pinned_limit_bytes() -> int:
+    """40% of RAM on Windows, where the driver refuses more than half; 60% elsewhere."""
+    return int(ram_bytes() * (0.4 if sys.platform == "win32" else 0.6))
+
+
+def ram_bytes() -> int:
+    """Physical memory of this machine, in bytes."""
+    if sys.platform == "win32":
+        return _windows_ram_bytes()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class _MemoryStatus(ctypes.Structure):
+    """`MEMORYSTATUSEX` of the Windows API."""
+
+    _fields_ = [("dwLength", ctypes.c_uint32), ("dwMemoryLoad", ctypes.c_uint32)] + [
+        (name, ctypes.c_uint64)
+        for name in (
+            "ullTotalPhys",
+            "ullAvailPhys",
+            "ullTotalPageFile",
+            "ullAvailPageFile",
+            "ullTotalVirtual",
+            "ullAvailVirtual",
+            "ullAvailExtendedVirtual",
+        )
+    ]
+
+
+def _windows_ram_bytes() -> int:
+    status = _MemoryStatus(dwLength=ctypes.sizeof(_MemoryStatus))
+    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):  # type: ignore[attr-defined]
+        raise ctypes.WinError()  # type: ignore[attr-defined]
+    return status.ullTotalPhys

@@ -1,0 +1,310 @@
+"""A device on the CPU, with real concurrency: what tests and the demo run on where there is no GPU.
+
+Problem: the mover's mistakes are mistakes of timing and ownership. So this device really copies on two other threads
+(`copy_engine.py`), at a set bandwidth and latency and with random delays from a seed; device memory has a hard cap and
+raises torch's out-of-memory error; memory that holds nothing (fresh, discarded, freed) is filled with NaN; and a copy
+from host memory that is not pinned blocks its caller, as CUDA's does.
+
+What it cannot show: the compute stream is the calling thread itself, in step with the host. Host run-ahead is judged by
+`recorder.py`.
+
+Invariants: I2 (the cap), I3 (`host_waits` counts every blocking of a host thread, `wait` on the compute stream is no host
+wait but stall), I8 (events are made by `record` only).
+
+Threads: any, for every method. `unpin` takes no lock, as the garbage collector may call it anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+from .address_ranges import PinnedRanges
+from .copy_engine import CopyEngine, CopyHold, CopyOperation, Link, SimulatedEvent
+from .simulated_memory import SimulatedMemory, poison
+from .streams import Event, Stream, Streams
+
+Pinning = Literal["all", "none"] | Callable[[int, int], bool]
+
+
+class ComputeStream:
+    """The compute stream of one host thread: that thread."""
+
+    __slots__ = ("name",)
+
+    def __init__(self) -> None:
+        self.name = threading.current_thread().name
+
+    def __repr__(self) -> str:
+        return f"<simulated compute stream of {self.name}>"
+
+
+class SimulatedStreams(Streams):
+    """See the module's docstring. All of `bandwidth`, `offload_bandwidth` (bytes/s), `latency`, `jitter_seconds` (s),
+    `fail_copy`, `on_copy` (see `Link`) may be changed at any time; copies that have not begun yet follow."""
+
+    knows_stalls = True
+
+    def __init__(
+        self,
+        capacity_bytes: int = 8 << 30,
+        bandwidth: float = 12e9,
+        latency: float = 20e-6,
+        jitter_seconds: float = 0.0,
+        seed: int = 0,
+        poison: bool = True,
+        pinning: Pinning = "all",
+        offload_bandwidth: float | None = None,
+        fail_copy: Callable[[int], BaseException | None] | None = None,
+        on_copy: Callable[[str, float, float, int], None] | None = None,
+    ) -> None:
+        self.device, self.name = torch.device("cpu"), "simulated"
+        self.poison, self.pinning = poison, pinning
+        self._memory = SimulatedMemory(capacity_bytes)
+        self.stall_seconds, self.host_waits = 0.0, 0
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._pinned = PinnedRanges()
+        links = [Link(_positive(bandwidth), latency, jitter_seconds, fail_copy, on_copy) for _ in range(2)]
+        self.onload_stream = CopyEngine("onload", links[0], seed)
+        self.offload_stream = CopyEngine("offload", links[1], seed)
+        self._engines = (self.onload_stream, self.offload_stream)
+        self._offload_follows = offload_bandwidth is None
+        if offload_bandwidth is not None:
+            self.offload_bandwidth = offload_bandwidth
+        # Collected without `close`: the threads end by themselves. At interpreter exit they die as daemons.
+        weakref.finalize(self, _stop, self._engines).atexit = False
+
+    # -- the link ------------------------------------------------------------------------------------------------------
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second, of both directions unless `offload_bandwidth` was set."""
+        return self.onload_stream.link.bandwidth
+
+    @bandwidth.setter
+    def bandwidth(self, value: float) -> None:
+        self.onload_stream.link.bandwidth = _positive(value)
+        if self._offload_follows:
+            self.offload_stream.link.bandwidth = _positive(value)
+
+    @property
+    def offload_bandwidth(self) -> float:
+        return self.offload_stream.link.bandwidth
+
+    @offload_bandwidth.setter
+    def offload_bandwidth(self, value: float) -> None:
+        self._offload_follows = False
+        self.offload_stream.link.bandwidth = _positive(value)
+
+    latency = property(lambda self: self._engines[0].link.latency, lambda self, value: self._set("latency", value))
+    jitter_seconds = property(
+        lambda self: self._engines[0].link.jitter_seconds, lambda self, value: self._set("jitter_seconds", value)
+    )
+    fail_copy = property(lambda self: self._engines[0].link.fail_copy, lambda self, value: self._set("fail_copy", value))
+    on_copy = property(lambda self: self._engines[0].link.on_copy, lambda self, value: self._set("on_copy", value))
+
+    def _set(self, name: str, value: object) -> None:
+        for engine in self._engines:
+            setattr(engine.link, name, value)
+
+    @contextmanager
+    def hold_copies(self, lane: Literal["onload", "offload"] | None = None) -> Iterator[CopyHold]:
+        """Inside, no further copy of `lane` (None: of either) starts, nor does anything enqueued behind it happen,
+        except copies let through by `.let_pass(n)`: for tests that need an order instead of a sleep."""
+        held = tuple(engine for engine in self._engines if lane in (None, engine.lane))
+        for engine in held:
+            engine.hold()
+        try:
+            yield CopyHold(held)
+        finally:
+            for engine in held:
+                engine.release()
+
+    # -- streams and events --------------------------------------------------------------------------------------------
+    def current_stream(self) -> Stream:
+        stream = getattr(self._local, "stream", None)
+        if stream is None:
+            stream = self._local.stream = ComputeStream()
+        return stream
+
+    def record(self, stream: Stream, *, timing: bool = False) -> Event:
+        now = time.perf_counter()
+        if isinstance(stream, ComputeStream):
+            return SimulatedEvent(timing=timing, reached_s=now)
+        event = SimulatedEvent(timing=timing)
+        self._engine(stream).submit(lambda engine: event.reach(max(engine.last_reached_s, now), engine.take_error()))
+        return event
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        event = _simulated(event)
+        if not isinstance(stream, ComputeStream):
+            self._engine(stream).submit(lambda engine: engine.inherit(event))
+            return
+        if stream is not self.current_stream():
+            raise ValueError(f"{stream!r} is another thread: only that one can make it wait")
+        if not event.reached:
+            begin = time.perf_counter()
+            event.block()
+            with self._lock:
+                self.stall_seconds += time.perf_counter() - begin
+        if event.error is not None:
+            raise event.error
+
+    def done(self, event: Event) -> bool:
+        return _simulated(event).reached
+
+    def synchronize(self, event: Event) -> None:
+        event = _simulated(event)
+        with self._lock:
+            self.host_waits += 1
+        event.block()
+        if event.error is not None:
+            raise event.error
+
+    def elapsed(self, start: Event, end: Event) -> float:
+        start, end = _simulated(start), _simulated(end)
+        if not (start.timing and end.timing and start.reached and end.reached):
+            raise ValueError("elapsed needs two timing events that are both done")
+        return end.reached_s - start.reached_s
+
+    # -- copies --------------------------------------------------------------------------------------------------------
+    def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
+        engine = self._engine(stream)
+        host, device = (source, destination) if engine is self.onload_stream else (destination, source)
+        for tensor in (destination, source):
+            if tensor.dtype != torch.uint8 or tensor.dim() != 1 or not tensor.is_contiguous():
+                raise ValueError(f"copies take one-dimensional contiguous uint8 tensors, not {tuple(tensor.shape)} {tensor.dtype}")
+        if destination.numel() != source.numel():
+            raise ValueError(f"copy of {source.numel()} bytes into {destination.numel()}")
+        if not source.numel():
+            return
+        begin = host.data_ptr()
+        if not self._memory.holds(device):
+            raise ValueError(f"{engine.lane} copy: the device side is not inside a living block of this device")
+        if self._memory.overlaps(begin, begin + host.numel()):
+            raise ValueError(f"{engine.lane} copy: the host side lies in device memory")
+        engine.submit(CopyOperation(destination, source))
+        if not self.is_pinned(begin, host.numel()):
+            self.synchronize(self.record(stream))
+
+    def discard(self, memory: torch.Tensor, after: Event) -> Event:
+        after = _simulated(after)
+        if not self._memory.holds(memory):
+            raise ValueError("discard of memory that is not inside a living block of this device")
+        if not self.poison:
+            return after
+        event = SimulatedEvent()
+        if after.reached:
+            # On the onload engine, which is idle or asleep most of the time and writes to most discarded memory next.
+            def on_engine(engine: CopyEngine) -> None:
+                poison(memory)
+                event.reach(max(engine.last_reached_s, after.reached_s))
+
+            self.onload_stream.submit(on_engine)
+        else:
+            # On whatever thread reaches `after`: queued behind a wait on an engine it would hold up that engine's copies.
+            def when_reached() -> None:
+                poison(memory)
+                event.reach(after.reached_s)
+
+            after.on_reach(when_reached)
+        return event
+
+    # -- device memory -------------------------------------------------------------------------------------------------
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        block = self._memory.allocate(nbytes)
+        if self.poison:
+            poison(block)
+        return block
+
+    def free(self, block: torch.Tensor, after: tuple[Event, ...] = ()) -> None:
+        events = [_simulated(event) for event in after]
+        self._memory.free(block)
+        # The tensor lives on in the callback: its memory goes to nobody else before the last event.
+        _when_all_reached(events, lambda: poison(block) if self.poison else None)
+
+    @property
+    def allocated_bytes(self) -> int:
+        return self._memory.allocated_bytes
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        return self._memory.peak_bytes
+
+    def reset_peak(self) -> None:
+        self._memory.reset_peak()
+
+    @property
+    def capacity_bytes(self) -> int:
+        """The hard cap on `allocated_bytes`."""
+        return self._memory.capacity_bytes
+
+    def free_memory(self) -> int:
+        return self._memory.free_bytes
+
+    def live_memory_ranges(self) -> list[tuple[int, int]]:
+        """[start, end) of every block that is allocated now, for the judges."""
+        return self._memory.ranges()
+
+    def owns(self, address: int) -> bool:
+        """Whether `address` lies in a block that is allocated now."""
+        return self._memory.overlaps(address, address + 1)
+
+    # -- host memory ---------------------------------------------------------------------------------------------------
+    def pin(self, address: int, nbytes: int) -> bool:
+        if address % mmap.PAGESIZE or nbytes <= 0:
+            raise ValueError(f"cannot pin {nbytes} bytes at {address:#x}: whole pages only")
+        allowed = bool(self.pinning(address, nbytes)) if callable(self.pinning) else self.pinning == "all"
+        return allowed and self._pinned.add(address, nbytes)  # CUDA, too, refuses what is registered already
+
+    def unpin(self, address: int) -> None:
+        self._pinned.remove(address)
+
+    def is_pinned(self, address: int, nbytes: int) -> bool:
+        """Whether [address, address + nbytes) is pinned now."""
+        return self._pinned.contains(address, nbytes)
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        _stop(self._engines)
+        for engine in self._engines:
+            engine.join()
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+    def _engine(self, stream: Stream) -> CopyEngine:
+        if stream not in self._engines:
+            raise ValueError(f"{stream!r} is not a copy stream of this device")
+        return stream
+
+
+def _stop(engines: tuple[CopyEngine, ...]) -> None:
+    for engine in engines:
+        engine.stop()
+
+
+def _simulated(event: Event) -> SimulatedEvent:
+    if not isinstance(event, SimulatedEvent):
+        raise TypeError(f"{type(event).__name__} is not an event of a simulated device")
+    return event
+
+
+def _when_all_reached(events: list[SimulatedEvent], action: Callable[[], None]) -> None:
+    """Run `action` once all are reached: now, or on the thread that reaches the last."""
+    if not events:
+        action()
+    else:
+        events[0].on_reach(lambda: _when_all_reached(events[1:], action))
+
+
+def _positive(bandwidth: float) -> float:
+    if not bandwidth > 0:
+        raise ValueError(f"bandwidth must be above zero bytes/s, not {bandwidth}")
+    return math.inf if bandwidth == math.inf else float(bandwidth)
