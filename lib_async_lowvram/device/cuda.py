@@ -66,6 +66,7 @@ class CudaStreams(Streams):
         self._pinned = PinnedRanges()
         self._blocks: dict[int, int] = {}
         self._allocated = self._peak = 0
+        self._seen_peak = self._others_peak = 0
         self._told_uncleared = False
 
     # -- streams and events --------------------------------------------------------------------------------------------
@@ -107,6 +108,7 @@ class CudaStreams(Streams):
     # -- device memory -------------------------------------------------------------------------------------------------
     def allocate(self, nbytes: int) -> torch.Tensor:
         users = (self.onload_stream, self.offload_stream, self.current_stream())
+        self._note_others()
         # A tensor born in inference mode could never be changed in place outside of it.
         with torch.inference_mode(False), without_dispatch_modes(), torch.cuda.stream(self._owner):
             block = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
@@ -116,6 +118,7 @@ class CudaStreams(Streams):
         for stream in users:
             stream.wait_event(mine)
         if nbytes:
+            self._note_others(before=align(nbytes))
             with self._lock:
                 self._blocks[block.data_ptr()] = nbytes
                 self._allocated += align(nbytes)
@@ -125,6 +128,7 @@ class CudaStreams(Streams):
     def free(self, block: torch.Tensor, after: tuple[Event, ...] = ()) -> None:
         if not block.numel():
             return
+        self._note_others()
         with self._lock:
             if self._blocks.get(block.data_ptr()) != block.numel():
                 raise ValueError("free of memory that is not a living block of this device (freed twice, or a part of one?)")
@@ -149,6 +153,21 @@ class CudaStreams(Streams):
         free, _total = torch.cuda.mem_get_info(self.device)
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return free + max(0, cached)
+
+    def activation_growth(self) -> int:
+        return max(0, self._note_others() - (torch.cuda.memory_allocated(self.device) - self._allocated))
+
+    def _note_others(self, before: int = 0) -> int:
+        """The most that others than us were seen to hold, in bytes. torch's peak counter is of everything, and WebUI
+        resets it now and then; so it is read whenever our own share is about to change (`before`: bytes of ours that are
+        in torch's books already but not in ours), and counts when it moved since the last reading: our share then was
+        what it is now. (A peak under an earlier, higher one of everything goes unseen.)"""
+        peak = torch.cuda.max_memory_allocated(self.device)
+        with self._lock:
+            if peak != self._seen_peak:
+                self._seen_peak = peak
+                self._others_peak = max(self._others_peak, peak - self._allocated - before)
+            return self._others_peak
 
     # -- host memory ---------------------------------------------------------------------------------------------------
     def pin(self, address: int, nbytes: int) -> bool:

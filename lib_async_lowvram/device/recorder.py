@@ -36,6 +36,7 @@ import torch
 from .address_ranges import AddressRanges, HostRanges
 from .happens_before import AccessHistory, Clock, Operation, Violation, join
 from .op_access import byte_range
+from .recorder_actors import Actors
 from .streams import Event, Stream, Streams
 
 
@@ -52,21 +53,12 @@ class RecordedEvent(Event):
         self.inner, self.clock, self.operation = inner, clock, operation
 
 
-class _Actor:
-    __slots__ = ("clock", "id", "name")
-
-    def __init__(self, id: int, name: str) -> None:
-        self.id, self.name = id, name
-        self.clock: Clock = {id: 0}
-
-
 class RecordingStreams(Streams):
     """Wraps `inner`; attributes it does not have itself (a simulated device's `hold_copies`, say) are the inner's.
 
     Attributes:
         inner: the device that does the work.
         violations: what was found so far, at most `keep`.
-        log: the last operations, newest last.
     """
 
     def __init__(self, inner: Streams, *, keep: int = 1000, log_length: int = 10_000) -> None:
@@ -74,23 +66,17 @@ class RecordingStreams(Streams):
         self.device, self.name = inner.device, f"recording {inner.name}"
         self.onload_stream, self.offload_stream = inner.onload_stream, inner.offload_stream
         self.violations: list[Violation] = []
-        self.log: deque[Operation] = deque(maxlen=log_length)
         self._keep = keep
         self._lock = threading.RLock()
-        self._local = threading.local()
-        self._numbers = 0
-        self._actors: list[_Actor] = []
-        self._hosts: list[_Actor] = []
-        self._streams: dict[Stream, _Actor] = {}
-        self._lanes: list[_Actor] = []
+        self._actors = Actors(log_length)
         self._history = AccessHistory()
         self._blocks = AddressRanges()
         self._host_ranges = HostRanges(on_drop=self._history.forget)
         self._pinned: dict[int, int] = {}
         self._unpinned: deque[tuple[int, int]] = deque()
-        self._memory = self._new_actor("the allocator")
-        self._stream_actor(self.onload_stream).name = "the onload stream"
-        self._stream_actor(self.offload_stream).name = "the offload stream"
+        self._memory = self._actors.new("the allocator")
+        self._actors.stream(self.onload_stream, "the onload stream")
+        self._actors.stream(self.offload_stream, "the offload stream")
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # not constructed yet
@@ -104,12 +90,17 @@ class RecordingStreams(Streams):
             self._settle()
             if self.violations:
                 stories = "\n".join(f"{index + 1}. {violation}" for index, violation in enumerate(self.violations[:show]))
-                raise OrderingViolation(f"{len(self.violations)} unordered conflict(s) in {self._numbers} operations\n{stories}")
+                raise OrderingViolation(f"{len(self.violations)} unordered conflict(s) in {self.operations} operations\n{stories}")
+
+    @property
+    def log(self) -> deque[Operation]:
+        """The last operations, newest last."""
+        return self._actors.log
 
     @property
     def operations(self) -> int:
         """How many operations were logged."""
-        return self._numbers
+        return self._actors.operations
 
     # -- uses ----------------------------------------------------------------------------------------------------------
     def use(
@@ -131,13 +122,13 @@ class RecordingStreams(Streams):
             on_device = [item for item in ranges if self._blocks.overlaps(*item[:2])]
             on_host = [item for item in ranges if item not in on_device and self._host_ranges.overlaps(*item[:2])]
             if on_device:
-                stream = self._stream_actor(self.inner.current_stream())
-                self._touch(self._enqueue(stream, what), stream.clock, on_device + on_host)
+                stream = self._actors.stream(self.inner.current_stream())
+                self._touch(self._actors.enqueue(stream, what), stream.clock, on_device + on_host)
                 if on_host and blocking:
-                    join(self._host().clock, stream.clock)
+                    join(self._actors.host().clock, stream.clock)
             elif on_host:
-                host = self._host()
-                self._touch(self._tick(host, what), host.clock, on_host)
+                host = self._actors.host()
+                self._touch(self._actors.tick(host, what), host.clock, on_host)
 
     def register_host(self, tensor: torch.Tensor) -> None:
         """Watch the storage of `tensor` as a host block for as long as it lives."""
@@ -159,16 +150,16 @@ class RecordingStreams(Streams):
     def record(self, stream: Stream, *, timing: bool = False) -> Event:
         with self._lock:
             self._settle()
-            actor = self._stream_actor(stream)
-            operation = self._enqueue(actor, "record")
+            actor = self._actors.stream(stream)
+            operation = self._actors.enqueue(actor, "record")
             return RecordedEvent(self.inner.record(stream, timing=timing), dict(actor.clock), operation)
 
     def wait(self, stream: Stream, event: Event) -> None:
         event = self._mine(event)
         with self._lock:
             self._settle()
-            actor = self._stream_actor(stream)
-            self._enqueue(actor, f"wait for op {event.operation.number}")
+            actor = self._actors.stream(stream)
+            self._actors.enqueue(actor, f"wait for op {event.operation.number}")
             join(actor.clock, event.clock)
             if stream in (self.onload_stream, self.offload_stream):
                 self.inner.wait(stream, event.inner)
@@ -180,15 +171,15 @@ class RecordingStreams(Streams):
         if not self.inner.done(event.inner):
             return False
         with self._lock:
-            join(self._host().clock, event.clock)
+            join(self._actors.host().clock, event.clock)
         return True
 
     def synchronize(self, event: Event) -> None:
         event = self._mine(event)
         self.inner.synchronize(event.inner)
         with self._lock:
-            host = self._host()
-            self._tick(host, f"synchronize with op {event.operation.number}")
+            host = self._actors.host()
+            self._actors.tick(host, f"synchronize with op {event.operation.number}")
             join(host.clock, event.clock)
 
     def elapsed(self, start: Event, end: Event) -> float:
@@ -198,7 +189,7 @@ class RecordingStreams(Streams):
     def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
         with self._lock:
             self._settle()
-            actor = self._stream_actor(stream)
+            actor = self._actors.stream(stream)
             ranges = []
             for tensor, writes in ((source, False), (destination, True)):
                 where = byte_range(tensor)
@@ -206,7 +197,7 @@ class RecordingStreams(Streams):
                     ranges.append((*where, writes))
                     if not self._blocks.overlaps(*where):
                         self._host_ranges.add(tensor)
-            operation = self._enqueue(actor, f"copy {destination.numel()} bytes")
+            operation = self._actors.enqueue(actor, f"copy {destination.numel()} bytes")
             self._touch(operation, actor.clock, ranges)
             self.inner.copy(destination, source, stream)
 
@@ -215,10 +206,10 @@ class RecordingStreams(Streams):
         with self._lock:
             self._settle()
             clock = dict(after.clock)
-            join(clock, self._host().clock)
-            lane = self._lane(clock)
+            join(clock, self._actors.host().clock)
+            lane = self._actors.lane(clock)
             lane.clock = clock
-            operation = self._tick(lane, f"discard after op {after.operation.number}")
+            operation = self._actors.tick(lane, f"discard after op {after.operation.number}")
             where = byte_range(memory)
             if where is not None:
                 self._touch(operation, clock, [(*where, True)])
@@ -230,13 +221,13 @@ class RecordingStreams(Streams):
             self._settle()
             block = self.inner.allocate(nbytes)
             where = byte_range(block)
-            operation = self._enqueue(self._memory, f"allocate {nbytes} bytes")
+            operation = self._actors.enqueue(self._memory, f"allocate {nbytes} bytes")
             if where is not None:
                 self._history.forget(*where)
                 self._blocks.add(*where)
                 self._touch(operation, self._memory.clock, [(*where, True)])
             for stream in (self.onload_stream, self.offload_stream, self.inner.current_stream()):
-                join(self._stream_actor(stream).clock, self._memory.clock)
+                join(self._actors.stream(stream).clock, self._memory.clock)
             return block
 
     def free(self, block: torch.Tensor, after: Sequence[Event] = ()) -> None:
@@ -247,7 +238,7 @@ class RecordingStreams(Streams):
             self.inner.free(block, tuple(event.inner for event in events))
             for event in events:
                 join(self._memory.clock, event.clock)
-            operation = self._enqueue(self._memory, f"free {block.numel()} bytes")
+            operation = self._actors.enqueue(self._memory, f"free {block.numel()} bytes")
             if where is not None:
                 self._touch(operation, self._memory.clock, [(*where, True)])
                 self._blocks.remove(where[0])
@@ -266,6 +257,9 @@ class RecordingStreams(Streams):
 
     def free_memory(self) -> int:
         return self.inner.free_memory()
+
+    def activation_growth(self) -> int:
+        return self.inner.activation_growth()
 
     # -- host memory ---------------------------------------------------------------------------------------------------
     def pin(self, address: int, nbytes: int) -> bool:
@@ -300,45 +294,6 @@ class RecordingStreams(Streams):
         self.inner.close()
 
     # -- inside, under the lock ----------------------------------------------------------------------------------------
-    def _new_actor(self, name: str) -> _Actor:
-        actor = _Actor(len(self._actors), name)
-        self._actors.append(actor)
-        return actor
-
-    def _host(self) -> _Actor:
-        actor = getattr(self._local, "host", None)
-        if actor is None:
-            actor = self._local.host = self._new_actor(f"host thread {threading.current_thread().name}")
-            self._hosts.append(actor)
-        return actor
-
-    def _stream_actor(self, stream: Stream) -> _Actor:
-        actor = self._streams.get(stream)
-        if actor is None:
-            actor = self._streams[stream] = self._new_actor(f"compute stream of {threading.current_thread().name}")
-        return actor
-
-    def _lane(self, clock: Clock) -> _Actor:
-        """An actor for one discard. Discards do not wait for each other, so they may share an actor only where one is
-        ordered after the actor's last anyway; in steady state that needs no more actors than there are slots."""
-        for lane in self._lanes:
-            if clock.get(lane.id, 0) >= lane.clock[lane.id]:
-                return lane
-        lane = self._new_actor(f"discard lane {len(self._lanes)}")
-        self._lanes.append(lane)
-        return lane
-
-    def _tick(self, actor: _Actor, what: str) -> Operation:
-        tick = actor.clock[actor.id] = actor.clock.get(actor.id, 0) + 1
-        self._numbers += 1
-        operation = Operation(self._numbers, actor.id, tick, actor.name, what)
-        self.log.append(operation)
-        return operation
-
-    def _enqueue(self, actor: _Actor, what: str) -> Operation:
-        join(actor.clock, self._host().clock)
-        return self._tick(actor, what)
-
     def _touch(self, operation: Operation, clock: Clock, ranges: Iterable[tuple[int, int, bool]]) -> None:
         for start, end, writes in ranges:
             for found in self._history.access(start, end, operation, writes, clock):
@@ -353,11 +308,11 @@ class RecordingStreams(Streams):
 
     def _end_host_life(self, start: int, end: int, what: str) -> None:
         """Whichever thread gives host memory up, some thread must have seen its copies done."""
-        host = self._host()
+        host = self._actors.host()
         known = dict(host.clock)
-        for other in self._hosts:
+        for other in self._actors.hosts:
             join(known, other.clock)
-        operation = self._tick(host, what)
+        operation = self._actors.tick(host, what)
         known[host.id] = operation.tick
         self._touch(operation, known, [(start, end, True)])
         self._history.forget(start, end)

@@ -87,7 +87,7 @@ class Fake:
                 fake.calls.append("unregister")
                 return fake.unregister_result
 
-        self.made = self.events = 0
+        self.made = self.events = self.peak = 0
         self.default, self.current = Stream(name="default"), Stream(name="model")
         for name, value in {
             "Stream": Stream,
@@ -102,11 +102,13 @@ class Fake:
             "mem_get_info": lambda device: (1000, 5000),
             "memory_reserved": lambda device: 700,
             "memory_allocated": lambda device: 300,
+            "max_memory_allocated": lambda device: self.peak,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
 
         def fake_empty(nbytes, dtype, device):
             self.calls.append(f"empty on {self.current.name}")
+            self.peak += nbytes
             return empty(nbytes, dtype=dtype)
 
         monkeypatch.setattr(torch, "empty", fake_empty)
@@ -180,6 +182,24 @@ def test_blocks_belong_to_the_default_stream_and_everybody_waits_for_it(streams,
 
 def test_free_memory_counts_what_the_cache_can_give(streams):
     assert streams.free_memory() == 1000 + 700 - 300
+
+
+def test_activation_growth_is_the_others_peak_over_their_present_size(streams, fake, monkeypatch):
+    now = 300
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: now)
+    fake.peak = 900
+    assert streams.activation_growth() == 600
+    block = streams.allocate(1024)
+    now = 300 + 1024
+    assert fake.peak == 900 + 1024  # the block raised torch's own peak, by being allocated
+    assert streams.activation_growth() == 600
+    fake.peak = 2500 + 1024  # then computing did
+    assert streams.activation_growth() == 2200
+    streams.free(block)
+    now = 300
+    assert streams.activation_growth() == 2200
+    fake.peak = 400  # somebody reset torch's counter
+    assert streams.activation_growth() == 2200
 
 
 def test_pinning(streams, fake):
@@ -307,6 +327,9 @@ class TestOnAGpu:
         before = streams.free_memory()
         block = streams.allocate(64 << 20)
         assert before - streams.free_memory() >= 60 << 20
+        activations = torch.empty(96 << 20, dtype=torch.uint8, device=streams.device)
+        del activations
+        assert streams.activation_growth() >= 96 << 20
         host = HostMemory(streams).allocate(64 << 20)
         start = streams.record(streams.onload_stream, timing=True)
         streams.copy(block, host, streams.onload_stream)

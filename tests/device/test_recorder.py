@@ -342,7 +342,7 @@ def test_tens_of_thousands_of_operations_stay_small(bench):
         used = bench.compute(bench.onload(slot=slots[index]), slot=slots[index][step % 7 :])
         ready[index] = s.discard(slots[index], used)
     assert s.operations > 20_000
-    assert len(s._history) < 100 and len(s._lanes) <= len(slots) + 1
+    assert len(s._history) < 100 and len(s._actors.lanes) <= len(slots) + 1
     bench.verdict()
 
 
