@@ -107,7 +107,7 @@ class AsyncModelMover:
     def forget_dead(self) -> list[str]:
         """Drop networks whose modules are gone or were moved to the meta device; their names."""
         with self._context.lock:
-            dead = [name for name, network in self._networks.items() if not network.alive]
+            dead = [name for name, network in self._networks.items() if not network.contents.alive]
             if dead:
                 self.detach(dead)
             return dead
@@ -156,16 +156,27 @@ class AsyncModelMover:
         for action in self._take_deferred():
             action()
         if self._context.config is not self.config:
-            self._context.config = self.config
-            self._context.host.pinned_limit_bytes = self.config.pinned_limit_bytes
-            for each in self._networks.values():
-                each.replan()
+            self._apply_config()
         if self._current is not network:
             if self._current is not None:
                 self._current.leave()
             self._current = network
             if self.on_network_change is not None:
                 self.on_network_change(network.name)
+
+    def _apply_config(self) -> None:
+        """Between two passes: the new configuration counts from here on."""
+        before, self._context.config = self._context.config, self.config
+        for network in self._networks.values():
+            network.replan()
+        if self.config.pinned_limit_bytes != before.pinned_limit_bytes:
+            if self._current is not None:
+                self._current.leave()  # nothing may be in flight while memory is unpinned
+            self._context.host.set_limit(self.config.pinned_limit_bytes)
+            for network in self._networks.values():
+                network.contents.unpin()
+            for network in self._networks.values():
+                network.contents.pin()
 
     def _take_deferred(self) -> list[Callable[[], None]]:
         actions, self._deferred = self._deferred, []
@@ -213,7 +224,7 @@ class AsyncModelMover:
     def mark_dirty(self, module: nn.Module) -> bool:
         """Tell of a change nobody can see: weights of `module` written through `.data`. False when they are not ours."""
         with self._context.lock:
-            return any([network.mark_dirty(module) for network in self._networks.values()])
+            return any([network.contents.mark_dirty(module) for network in self._networks.values()])
 
     def demote(self, reason: str) -> None:
         """Give up for good: detach everything, keep the reason, tell the host."""

@@ -1,11 +1,11 @@
-"""One network: its units, what was learned about it, its plan, and which kind of pass is running.
+"""One network: which kind of pass is running, what was learned, the plan, and when device memory is taken and given back.
 
 Problem: order, plan, ring and resident set belong to a network - the UNet's blocks, the text encoder, the VAE - not to the
-regions stock hooks one by one. A network is attached, learns in its first pass (`region_pass`), then streams (`streaming`)
-until it is left. In between others may insert modules, replace parameters, interrupt with a BaseException, turn gradients
-on: each pass's start looks, and falls back to moving regions and learning anew where it must.
+regions stock hooks one by one. A network learns in its first pass (`region_pass`), then streams (`streaming`) until it is
+left. In between others may insert modules, interrupt with a BaseException, or turn gradients on: each pass's start looks,
+and falls back to moving regions and learning anew where it must.
 
-Modules are held weakly (I7). All methods run under the mover's lock; passes run on the thread that calls the network.
+All methods run under the mover's lock; passes run on the thread that calls the network.
 """
 
 from __future__ import annotations
@@ -13,206 +13,97 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from lib_async_lowvram.actors import ObserverActor, SpanActor, UnitActor
+from lib_async_lowvram.contents import Contents
 from lib_async_lowvram.context import Context
 from lib_async_lowvram.core.order import ExecutionOrder
 from lib_async_lowvram.core.plan import Plan
 from lib_async_lowvram.core.stats import Counters
-from lib_async_lowvram.device.loose import loose_bytes
-from lib_async_lowvram.device.weights import Change, Unit
+from lib_async_lowvram.device.weights import Unit
+from lib_async_lowvram.hook_set import HookSet
 from lib_async_lowvram.learned import Learned
 from lib_async_lowvram.log import logger
-from lib_async_lowvram.modules import ModuleTree
 from lib_async_lowvram.network_spec import NetworkSpec
 from lib_async_lowvram.pass_clock import PassClock
 from lib_async_lowvram.region_pass import Observed, RegionPass
 from lib_async_lowvram.streaming import Streaming
-from lib_async_lowvram.unit_hooks import Installed
-from lib_async_lowvram.unit_table import UnitTable
 
 
 class Network:
-    """See the module. `on_begin(network)` is called before a pass's first work: the mover leaves whatever else is in use.
-    `on_end()` is called after a pass's last: what other threads asked for meanwhile is done then."""
+    """See the module.
+
+    Attributes:
+        contents: its modules and units. order, plan, learned: what it follows; the latter None before it has learned.
+        in_pass: between a pass's start and end; thread: that runs it. opened_by_caller: through `AsyncModelMover.running`.
+    """
 
     def __init__(
         self, name: str, spec: NetworkSpec, context: Context, on_begin: Callable[[Network], None], on_end: Callable[[], None]
     ) -> None:
+        """`on_begin(network)` is called before a pass's first work: the mover leaves whatever else is in use. `on_end()`
+        after a pass's last: what other threads asked for meanwhile is done then."""
         self.name = name
         self.context = context
         self.counters = Counters()
+        self.contents = Contents(spec, context, self.counters)
         self.order = ExecutionOrder()
         self.plan: Plan | None = None
-        self.announced: frozenset[int] = frozenset()
+        self.learned: Learned | None = None
         self.in_pass = False
-        self.thread: int | None = None  # that runs the pass
+        self.thread: int | None = None
         self.opened_by_caller = False
         self._on_begin = on_begin
         self._on_end = on_end
-        self._tree = ModuleTree(spec)
         self._open_ended = spec.open_ended
-        self._table = UnitTable(context.host)
-        self._learned: Learned | None = None
-        self._fingerprint: tuple[int, ...] = ()
-        self._region: dict[int, int] = {}
-        self._modules: list[weakref.ref[nn.Module]] = []
         self._streaming: Streaming | None = None
         self._regions: RegionPass | None = None
         self._opener: weakref.ref[nn.Module] | None = None  # what started a pass nobody announced
         self._firing = 0  # observed modules running now, one inside the other
         self._stale_plan = False
         self._clock = PassClock(context.streams, self.counters)
-        self._unit_hooks: dict[int, Installed] = {}
-        self._observers: list[Installed] = []
-        self._span_hooks: Installed | None = None
-        self.rebuild()
-        if (span := self.span) is not None:
-            self._span_hooks = Installed("span", span, SpanActor(self, spec.open_ended))
-        self._observe_all()
-
-    # -- the tree ------------------------------------------------------------------------------------------------------
-    @property
-    def span(self) -> nn.Module | None:
-        return self._tree.span() if self._tree.span is not None else None
-
-    @property
-    def alive(self) -> bool:
-        """False once the model is gone or has been emptied (moved to the meta device)."""
-        return self._tree.alive and not any(
-            parameter is not None and parameter.device.type == "meta"
-            for unit in self.units[:1]
-            for ref in unit.members
-            if (module := ref()) is not None
-            for parameter in module._parameters.values()
-        )
-
-    @property
-    def units(self) -> list[Unit]:
-        return self._table.units
-
-    @property
-    def unmanaged(self) -> list[nn.Module]:
-        return self._table.unmanaged
-
-    @property
-    def learned(self) -> Learned | None:
-        return self._learned
+        self.hooks = HookSet(self, spec.open_ended)
+        self.hooks.observe(True)
 
     @property
     def entered(self) -> bool:
         """Whether streamed passes hold device memory now."""
         return self._streaming is not None
 
-    def modules(self) -> list[nn.Module]:
-        """All modules of the network that still exist."""
-        return [module for ref in self._modules if (module := ref()) is not None]
-
-    def modules_of(self, region: int) -> list[nn.Module]:
-        return [module for module in self.modules() if self._region.get(id(module)) == region]
-
-    def modules_outside_regions(self) -> list[nn.Module]:
-        return [module for module in self.modules() if id(module) not in self._region]
-
-    def region_of(self, module: nn.Module) -> int | None:
-        """The region that `module` is in or announces."""
-        for number, trigger in enumerate(self._tree.triggers):
-            if trigger() is module:
-                return number
-        return self._region.get(id(module))
-
-    def units_of(self, region: int) -> list[Unit]:
-        return [unit for unit in self.units if not unit.shared and self._unit_region(unit) == region]
-
-    def units_outside_regions(self) -> list[Unit]:
-        return [unit for unit in self.units if unit.shared or self._unit_region(unit) is None]
-
-    def _unit_region(self, unit: Unit) -> int | None:
-        return self._region.get(id(unit.members[0]()))
-
-    def rebuild(self) -> None:
-        """Look at the tree again and make the units match. What was learned is forgotten. Not while anything is in use."""
-        self._remove_unit_hooks()
-        self._learned, self.plan = None, None
-        tree = self._tree.scan()
-        self._table.rebuild(tree)
-        self._modules = [weakref.ref(module) for module in tree.modules]
-        self._region = tree.region
-        self._fingerprint = self._tree.fingerprint()
-        self._pin()
-
-    def _pin(self) -> None:
-        """Page-lock the masters, in order of size: the limit is best spent where most bytes stream."""
-        host = self.context.host
-        for unit in sorted(self.units, key=lambda unit: (unit.resident, -unit.nbytes)):
-            if unit.nbytes and not host.is_pinned(unit.master):
-                host.pin(unit.master)
-            if self.context.checker is not None:
-                self.context.host_ranges.add(unit.master)
-
     def judged(self, on: bool) -> contextlib.AbstractContextManager:
         """Our own work between two operations may touch host weights; the placement checker looks away meanwhile."""
         checker = self.context.checker
         return contextlib.nullcontext() if checker is None or on else checker.suspended()
-
-    # -- hooks ---------------------------------------------------------------------------------------------------------
-    def _observe_all(self) -> None:
-        if not self._observers:
-            span, observer = self.span, ObserverActor(self)
-            triggers = [module for ref in self._tree.triggers if (module := ref()) is not None]
-            modules = {id(module): module for module in [*self.modules(), *triggers] if module is not span}
-            self._observers = [Installed("observed", module, observer) for module in modules.values()]
-
-    def _observe_none(self) -> None:
-        for installed in self._observers:
-            installed.remove()
-        self._observers = []
-
-    def _install_unit_hooks(self) -> None:
-        for unit in self.units:
-            if unit.index in self.announced and unit.index not in self._unit_hooks and (module := unit.anchor()) is not None:
-                self._unit_hooks[unit.index] = Installed("unit", module, UnitActor(self, unit))
-
-    def hooks_off(self, unit: Unit) -> None:
-        """A resident has arrived: it carries no hooks until the network is left."""
-        installed = self._unit_hooks.pop(unit.index, None)
-        if installed is not None:
-            installed.remove()
-
-    def _remove_unit_hooks(self) -> None:
-        for installed in self._unit_hooks.values():
-            installed.remove()
-        self._unit_hooks.clear()
 
     # -- passes --------------------------------------------------------------------------------------------------------
     def begin_pass(self) -> None:
         """A pass starts on the calling thread. One that is still open (a BaseException, an open end) is closed first."""
         self.end_pass(complete=self._ends_by_itself)
         self._on_begin(self)
-        if self._tree.fingerprint() != self._fingerprint or not all(unit.alive for unit in self.units):
+        context = self.context
+        if self.contents.changed:
             logger.debug("%s: its modules changed, learning anew", self.name)
-            self._leave_streaming()
-            self._observe_none()
-            self.rebuild()
+            self._give_back()
+            self.hooks.units_off()
+            self.hooks.observe(False)
+            self.contents.rebuild()
+            self.learned = self.plan = None
         self.in_pass = True
         self.thread = threading.get_ident()
-        context = self.context
-        if torch.is_grad_enabled() or self._learned is None:
-            self._leave_streaming()
-            self._observe_all()
+        if torch.is_grad_enabled() or self.learned is None:
+            self._give_back()
+            self.hooks.observe(True)
             context.peaks.learning(True)
             self._regions = RegionPass(self, observe=not torch.is_grad_enabled())
         else:
-            self._observe_none()
-            if self._stale_plan:
-                self._leave_streaming()
-            self._enter()
+            self.hooks.observe(False)
+            if self._stale_plan or self.contents.resized:
+                self._give_back()
             with self.judged(False):
+                self._enter()
                 self._streaming.begin_pass()
             self._clock.begin()
         if context.checker is not None:
@@ -241,105 +132,83 @@ class Network:
                 if complete and observed.firings:
                     self._learn(observed)
         elif self._streaming is not None:
-            self._end_streamed_pass(complete)
+            with self.judged(False):
+                self._streaming.end_pass()
+                if self.order.end_pass(complete):
+                    self.counters.relearned += 1
+                    self._stale_plan = True
+            self._clock.end(complete)
         self._on_end()
 
-    def _end_streamed_pass(self, complete: bool) -> None:
-        streaming = self._streaming
-        with self.judged(False):
-            streaming.finish_leftovers()
-            streaming.all_arrived()
-            streaming.sweep()
-            if self.order.end_pass(complete):
-                self.counters.relearned += 1
-                self._stale_plan = True
-        self._clock.end(complete)
-
     def _learn(self, observed: Observed) -> None:
-        tree = self._tree.scan()
-        outer = [span for span in (self.span,) if span is not None]
-        _, announced = self._table.join_silent(tree, observed.fired, outer)
-        self.announced = frozenset(announced)
-        buffers = loose_bytes(tree.modules, self.unmanaged)
-        self._learned = Learned.of(observed, self.units, self.announced, buffers)
+        contents = self.contents
+        contents.join(observed.fired)
+        self.learned = Learned.of(observed, contents.units, contents.announced, contents.loose_bytes)
         self._stale_plan = True
-        self._observe_none()
-        self._pin()
+        self.hooks.observe(False)
+        self.hooks.units_on()
 
+    # -- device memory -------------------------------------------------------------------------------------------------
     def _enter(self) -> None:
-        """Make a plan if there is none for the present budget, and take device memory."""
+        """Make a plan for the present budget, and take device memory."""
         if self._streaming is not None:
             return
-        with self.judged(False):
-            self._make_plan()
-            try:
-                self._streaming = Streaming(self)
-            except torch.cuda.OutOfMemoryError as error:
-                least = self._learned.least_budget(self.units)
-                logger.warning("%s: %s; trying the least budget, %d MB", self.name, str(error).splitlines()[0], least >> 20)
-                self._make_plan(least)
-                self._streaming = Streaming(self)
-            self._install_unit_hooks()
-            self._streaming.issue_ahead()
+        self._make_plan(self.context.budget())
+        try:
+            self._streaming = Streaming(self)
+        except torch.cuda.OutOfMemoryError as error:
+            least = self.learned.least_budget(self.contents.units)
+            logger.warning("%s: %s; trying the least budget, %d MB", self.name, str(error).splitlines()[0], least >> 20)
+            self._make_plan(least)
+            self._streaming = Streaming(self)
+        self.hooks.units_on()
+        self._streaming.issue_ahead()
 
-    def _make_plan(self, budget_bytes: int | None = None) -> None:
-        if budget_bytes is None:
-            budget_bytes = self.context.budget()
+    def _make_plan(self, budget_bytes: int) -> None:
         config = self.context.config
-        plan = self._learned.plan(self.units, budget_bytes, config.lookahead_bytes, config.small_leaf_bytes)
+        units = self.contents.units
+        plan = self.learned.plan(units, budget_bytes, config.lookahead_bytes, config.small_leaf_bytes)
         if self.plan is None or plan.notes != self.plan.notes:
             for note in plan.notes:
                 logger.info("%s: %s", self.name, note)
         self.plan = plan
-        for unit in self.units:
+        for unit in units:
             unit.resident = unit.index in plan.resident
-        self.order.learn(unit for unit, _ in self._learned.steps if unit not in plan.resident)
-        self._stale_plan = False
-
-    def arrival_order(self) -> list[Unit]:
-        """Residents in the order in which they are wanted: those nobody announces first, then as they fire."""
-        residents = [self.units[index] for index in self.plan.resident]
-        return sorted(residents, key=lambda unit: (unit.index in self.announced, self.first_firing(unit), unit.index))
-
-    def first_firing(self, unit: Unit) -> int:
-        """Place of the unit's first firing in the learned pass; after all others when it did not fire."""
-        return self._learned.first.get(unit.index, len(self._learned.steps))
-
-    def prepare(self) -> None:
-        """Start the first onloads now, if the network has learned and nothing else is in use."""
-        if self._learned is not None and not self.in_pass and not torch.is_grad_enabled():
-            self._on_begin(self)
-            if self._tree.fingerprint() == self._fingerprint:
-                self._enter()
+        self.order.learn(unit for unit, _ in self.learned.steps if unit not in plan.resident)
+        self._stale_plan = self.contents.resized = False
 
     def replan(self) -> None:
         """The configuration changed: plan anew at the next pass's start."""
         self._stale_plan = True
 
+    def prepare(self) -> None:
+        """Start the first onloads now, if the network has learned and gradients are off."""
+        if self.learned is not None and not self.in_pass and not torch.is_grad_enabled() and not self.contents.changed:
+            self._on_begin(self)
+            if self._stale_plan or self.contents.resized:
+                self._give_back()
+            with self.judged(False):
+                self._enter()
+
     def leave(self) -> None:
         """Masters true and published, device memory given back. Blocks the host until nothing is in flight."""
         self.end_pass(complete=self._ends_by_itself)
-        self._leave_streaming()
+        self._give_back()
 
-    def _leave_streaming(self) -> None:
+    def _give_back(self) -> None:
         if self._streaming is not None:
+            streaming, self._streaming = self._streaming, None
             with self.judged(False):
-                self._streaming.close()
-            self._streaming = None
-            self._install_unit_hooks()
+                streaming.close()
+            self.hooks.units_on()
 
     def detach(self) -> None:
-        """Leave, and take every hook off."""
+        """Leave, take every hook off, unpin."""
         self.leave()
-        self._remove_unit_hooks()
-        self._observe_none()
-        if self._span_hooks is not None:
-            self._span_hooks.remove()
-            self._span_hooks = None
-        for unit in self.units:
-            self.context.host.unpin(unit.master)
+        self.hooks.remove()
+        self.contents.unpin()
 
-    # -- what hooks and passes ask for ---------------------------------------------------------------------------------
+    # -- what the hooks tell -------------------------------------------------------------------------------------------
     def acquire(self, unit: Unit, module: nn.Module) -> None:
         """A unit's anchor is about to run."""
         if not self.in_pass:
@@ -387,34 +256,3 @@ class Network:
         if not any(isinstance(value, torch.Tensor) and value.device != device for value in (*args, *kwargs.values())):
             return None
         return tuple(map(move, args)), {key: move(value) for key, value in kwargs.items()}
-
-    def true_up(self, unit: Unit) -> None:
-        """Before an onload of a unit that is on the host: take changes made there as the new truth."""
-        change = unit.host_change()
-        if change is Change.LAYOUT:
-            self.adopt(unit)
-        elif change is Change.VALUES or unit.dirty:
-            unit.accept_versions()
-
-    def adopt(self, unit: Unit) -> None:
-        """Somebody put other tensors there: pack what is there now. Blocks the host."""
-        self.counters.adopted += 1
-        before = unit.nbytes
-        unit.pack()
-        self.context.host.pin(unit.master)
-        if self.context.checker is not None:
-            self.context.host_ranges.add(unit.master)
-        if unit.nbytes != before:
-            self._stale_plan = True
-
-    def mark_dirty(self, module: nn.Module) -> bool:
-        """Somebody wrote `module`'s weights without a trace (through `.data`). True when they are ours."""
-        unit = self._table.unit_of(module)
-        if unit is not None:
-            unit.dirty = True
-        return unit is not None
-
-    def copying(self, lane: str, unit: Unit) -> None:
-        """A copy was enqueued: tell the trace whose it is."""
-        if self.context.trace is not None:
-            self.context.copies.setdefault(lane, deque()).append(unit.name)

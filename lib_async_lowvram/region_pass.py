@@ -55,15 +55,15 @@ class RegionPass:
         self._fired: dict[int, weakref.ref[nn.Module]] = {}
         self._copies: list[tuple[int, Event, Event]] = []  # (bytes, start, end) of each onload
         with network.judged(False):
-            self._always = network.units_outside_regions()
+            self._always = network.contents.units_of(None)
             self._load(self._always)
-            self._root_loose = LooseTensors(self._streams, network.modules_outside_regions(), network.unmanaged)
+            self._root_loose = LooseTensors(self._streams, network.contents.modules_of(None), network.contents.unmanaged)
         self._mark(None)
 
     # -- what the hooks tell -------------------------------------------------------------------------------------------
     def before(self, module: nn.Module) -> None:
         """A module is about to run: hold its region."""
-        region = self._network.region_of(module)
+        region = self._network.contents.region_of(module)
         if region is not None and region != self._held:
             self._hold(region)
         if self._observe:
@@ -81,8 +81,8 @@ class RegionPass:
         with self._network.judged(False):
             self._let_go()
             self._held = region
-            self._load(self._network.units_of(region))
-            self._loose = LooseTensors(self._streams, self._network.modules_of(region), self._network.unmanaged)
+            self._load(self._network.contents.units_of(region))
+            self._loose = LooseTensors(self._streams, self._network.contents.modules_of(region), self._network.contents.unmanaged)
         self._mark(None)
 
     def _load(self, units: list[Unit]) -> None:
@@ -90,7 +90,7 @@ class RegionPass:
         for unit in units:
             if unit.state is not UnitState.HOST:
                 continue  # held for the whole pass already
-            network.true_up(unit)
+            network.contents.true_up(unit)
             memory = streams.allocate(unit.nbytes)
             unit.to(UnitState.ONLOADING)
             unit.bind(memory)
@@ -124,7 +124,7 @@ class RegionPass:
         change = unit.device_change()
         if change is Change.LAYOUT:
             unit.to(UnitState.WRITE_BACK)
-            self._network.adopt(unit)
+            self._network.contents.adopt(unit)
         else:
             if change is Change.VALUES:
                 unit.to(UnitState.WRITE_BACK)
@@ -151,7 +151,7 @@ class RegionPass:
         if marks:
             streams.synchronize(marks[-1][1])
         firings = []
-        for (what, when), (_, then) in zip(marks, marks[1:]):
+        for (what, when), (_, then) in zip(marks, marks[1:], strict=False):
             if what is not None:
                 firings.append((what, max(0.0, streams.elapsed(when, then))))
         fired = frozenset(number for number, ref in self._fired.items() if ref() is not None)

@@ -50,10 +50,10 @@ def _busiest(networks: Mapping[str, Network]) -> Network | None:
 def _network(network: Network) -> dict[str, Any]:
     counters, plan = network.counters, network.plan
     return {
-        "units": len(network.units),
-        "weight_bytes": sum(unit.nbytes for unit in network.units),
+        "units": len(network.contents.units),
+        "weight_bytes": sum(unit.nbytes for unit in network.contents.units),
         "budget_bytes": plan.budget_bytes if plan else 0,
-        "resident_bytes": sum(network.units[unit].nbytes for unit in plan.resident) if plan else 0,
+        "resident_bytes": sum(network.contents.units[unit].nbytes for unit in plan.resident) if plan else 0,
         "ring_bytes": plan.ring_bytes if plan else 0,
         "stall_seconds": counters.stall_seconds,
         "pass_seconds": counters.pass_seconds,
@@ -73,7 +73,7 @@ def _figures(context: Context, network: Network | None) -> dict[str, Any]:
     measured = bool(seconds and plan)
     return {
         "budget_bytes": plan.budget_bytes if plan else context.config.budget_bytes,
-        "resident_bytes": sum(network.units[unit].nbytes for unit in plan.resident) if plan else 0,
+        "resident_bytes": sum(network.contents.units[unit].nbytes for unit in plan.resident) if plan else 0,
         "ring_bytes": plan.ring_bytes if plan else 0,
         "bandwidth_bytes_per_s": learned.bandwidth if learned else None,
         "streamed_bytes_per_pass": counters.streamed_bytes_last_pass if counters else 0,

@@ -10,8 +10,7 @@ stream for the fences of whoever was there before. `acquire` makes the *consumer
 publishes (I4). `release` records the last use, drops a clean copy and writes a changed one back (I5), and vacates the slot
 behind that event. A unit whose next use is already within the lookahead is kept instead.
 
-Residents are onloaded in the same order during the first pass after the network is entered; each has hooks only until it has
-arrived, and from then on one sweep per pass's start and end looks for changes.
+The residents among them are `residents`' business; their onloads are enqueued here, in their place in the order.
 
 Lives from `Network.enter` to `leave`. Called by `network` under the mover's lock, on the thread that runs the network.
 """
@@ -19,7 +18,6 @@ Lives from `Network.enter` to `leave`. Called by `network` under the mover's loc
 from __future__ import annotations
 
 import time
-from collections import deque
 from typing import TYPE_CHECKING
 
 from lib_async_lowvram.core.ring import Ring
@@ -28,6 +26,8 @@ from lib_async_lowvram.device.arena import Arena
 from lib_async_lowvram.device.loose import LooseTensors
 from lib_async_lowvram.device.streams import Event, Stream
 from lib_async_lowvram.device.weights import Change, Unit
+from lib_async_lowvram.residents import Residents
+from lib_async_lowvram.transfers import Transfers
 
 if TYPE_CHECKING:
     from lib_async_lowvram.network import Network
@@ -41,24 +41,22 @@ class Streaming:
         self._streams = network.context.streams
         self._counters = network.counters
         self._order = network.order
-        self._units = network.units
+        self._contents = network.contents
+        self._units = units = network.contents.units
         plan = network.plan
-        self._ring = Ring(plan.offsets, {unit: network.units[unit].nbytes for unit in plan.offsets}, plan.ring_bytes)
-        self.arena = Arena(self._streams, plan.ring_bytes, {unit: network.units[unit].nbytes for unit in sorted(plan.resident)})
+        self._ring = Ring(plan.offsets, {unit: units[unit].nbytes for unit in plan.offsets}, plan.ring_bytes)
+        self.arena = Arena(self._streams, plan.ring_bytes, {unit: units[unit].nbytes for unit in sorted(plan.resident)})
         self._issued = 0  # occurrences after the order's position whose onload is issued
         self._in_use: dict[int, Unit] = {}
         self._started: dict[int, float] = {}  # for the trace only
-        self._arriving = deque(network.arrival_order())  # residents not yet onloaded
-        self._arrived: list[Unit] = []
         self._spare: dict[int, object] = {}  # units that outgrew their slot: their own block until released
         try:
-            self._loose = LooseTensors(self._streams, network.modules(), network.unmanaged)
+            self._loose = LooseTensors(self._streams, self._contents.modules(), self._contents.unmanaged)
         except BaseException:
             self.arena.close(())
             raise
-        # Nobody announces these: they must be there before anything runs.
-        for unit in [unit for unit in self._arriving if unit.anchor is None or unit.index not in network.announced]:
-            self._onload_resident(unit)
+        self._transfers = Transfers(network.context, network.counters)
+        self._residents = Residents(network, self.arena, self._transfers)
 
     # -- acquire -------------------------------------------------------------------------------------------------------
     def acquire(self, unit: Unit) -> None:
@@ -67,7 +65,7 @@ class Streaming:
             unit.depth += 1
             return
         if unit.resident:
-            self._arrive(unit)
+            self._residents.arrive(unit)
             return
         counters = self._counters
         followed = self._order.advance(unit.index)
@@ -86,10 +84,10 @@ class Streaming:
             self._onload(unit)
         elif stale:
             counters.refetches += 1
-            self._copy(unit)
+            self._transfers.onload(unit, behind=self._streams.current_stream())  # a copy that was kept may be in use yet
         else:
             counters.hits += 1
-        self._wait_and_publish(unit)
+        self._transfers.wait_and_publish(unit)
         unit.to(UnitState.IN_USE)
         unit.depth = 1
         self._in_use[unit.index] = unit
@@ -104,11 +102,9 @@ class Streaming:
             return False
         if change is Change.LAYOUT:
             self._settle(unit)
-            if unit.copied is not None:
-                self._streams.synchronize(unit.copied)  # a copy in flight may still read the master about to be replaced
             if unit.state is UnitState.ONLOADING or unit.state is UnitState.READY:
                 self._vacate(unit, self._streams.current_stream())
-            self._network.adopt(unit)
+            self._contents.adopt(unit)
             return False
         if unit.state is UnitState.WRITE_BACK:
             self._settle(unit)
@@ -120,19 +116,6 @@ class Streaming:
         if unit.state is UnitState.WRITE_BACK:
             self._streams.synchronize(unit.written)
             unit.to(UnitState.HOST)
-
-    def _wait_and_publish(self, unit: Unit) -> None:
-        streams, trace = self._streams, self._network.context.trace
-        consumer = streams.current_stream()
-        if trace is None:
-            streams.wait(consumer, unit.copied)
-        else:
-            start = time.perf_counter()
-            streams.wait(consumer, unit.copied)
-            trace.add("stall", unit.name, start, time.perf_counter())
-        if unit.state is UnitState.ONLOADING:
-            unit.to(UnitState.READY)
-        unit.publish()
 
     # -- release -------------------------------------------------------------------------------------------------------
     def release(self, unit: Unit) -> None:
@@ -155,13 +138,12 @@ class Streaming:
         change = unit.device_change()
         if change is Change.LAYOUT:
             unit.to(UnitState.WRITE_BACK)
-            self._network.adopt(unit)
+            self._contents.adopt(unit)
             unit.to(UnitState.HOST)
             self._vacate(unit, consumer)
             return
         if change is Change.VALUES:
-            unit.to(UnitState.WRITE_BACK)
-            self._write_back(unit, consumer)
+            self._transfers.write_back(unit, consumer)
         unit.unpublish()
         unit.dirty = False
         if unit.pending:
@@ -169,15 +151,6 @@ class Streaming:
                 unit.to(UnitState.READY)  # the copy kept here is the newer one
         else:
             self._vacate(unit, consumer)
-
-    def _write_back(self, unit: Unit, consumer: Stream) -> None:
-        streams = self._streams
-        changed = streams.record(consumer)
-        streams.wait(streams.offload_stream, changed)
-        streams.copy(unit.master, unit.memory[: unit.nbytes], streams.offload_stream)
-        unit.written = streams.record(streams.offload_stream)
-        self._network.copying("write-back", unit)
-        self._counters.write_backs += 1
 
     def _vacate(self, unit: Unit, consumer: Stream) -> None:
         """Forget the device copy; its place may be overwritten after what has been enqueued so far."""
@@ -210,8 +183,8 @@ class Streaming:
         count = len(order)
         while self._issued < count:
             unit = units[order.ahead(self._issued + 1)]
-            if self._arriving:
-                self._residents_before(unit)
+            if self._residents.expected:
+                self._residents.onload_before(unit)
             if unit.state is UnitState.HOST or unit.state is UnitState.WRITE_BACK:
                 if unit.nbytes > ring.nbytes[unit.index]:
                     self._issued += 1  # outgrew its slot: fetched on demand until the next plan
@@ -221,14 +194,8 @@ class Streaming:
                 self._onload(unit)
             unit.pending += 1
             self._issued += 1
-        while self._arriving:
-            self._onload_resident(self._arriving[0])
-
-    def _residents_before(self, unit: Unit) -> None:
-        """Residents that fire before `unit` are onloaded before it."""
-        place = self._network.first_firing(unit)
-        while self._arriving and self._network.first_firing(self._arriving[0]) < place:
-            self._onload_resident(self._arriving[0])
+        while self._residents.expected:
+            self._residents.onload_next()
 
     def _evict_unwanted(self, unit: Unit) -> bool:
         """Free `unit`'s place if only copies nobody is waiting for stand there."""
@@ -268,64 +235,7 @@ class Streaming:
                 streams.wait(streams.onload_stream, fence)
             memory = self.arena.slot(ring.offsets[unit.index], unit.nbytes)
         unit.bind(memory)
-        self._copy(unit)
-
-    def _copy(self, unit: Unit) -> None:
-        streams = self._streams
-        unit.to(UnitState.ONLOADING)
-        if unit.written is not None:
-            streams.wait(streams.onload_stream, unit.written)
-            unit.written = None
-        streams.copy(unit.memory[: unit.nbytes], unit.master, streams.onload_stream)
-        unit.copied = streams.record(streams.onload_stream)
-        self._counters.streamed_bytes += unit.nbytes
-        self._network.copying("copy", unit)
-
-    # -- residents -----------------------------------------------------------------------------------------------------
-    def _onload_resident(self, unit: Unit) -> None:
-        self._arriving.remove(unit)
-        self._network.true_up(unit)
-        unit.bind(self.arena.block(unit.index, unit.nbytes))
-        self._copy(unit)
-        self._arrived.append(unit)
-        if unit.anchor is None or unit.index not in self._network.announced:
-            self._wait_and_publish(unit)
-
-    def _arrive(self, unit: Unit) -> None:
-        """A resident is used for the first time since the network was entered."""
-        if unit.state is UnitState.HOST:
-            self._onload_resident(unit)
-        if unit.state is UnitState.ONLOADING:
-            self._wait_and_publish(unit)
-        self._network.hooks_off(unit)
-
-    def all_arrived(self) -> None:
-        """At the first complete pass's end: residents that did not fire in it are published as well."""
-        while self._arriving:
-            self._onload_resident(self._arriving[0])
-        for unit in self._arrived:
-            if unit.state is UnitState.ONLOADING:
-                self._wait_and_publish(unit)
-            self._network.hooks_off(unit)
-
-    def sweep(self) -> None:
-        """Look for changes in the residents that are published (they carry no hooks), and write them back."""
-        consumer = self._streams.current_stream()
-        for unit in self._arrived:
-            if unit.state is UnitState.WRITE_BACK:
-                unit.to(UnitState.READY)
-            if unit.state is not UnitState.READY:
-                continue
-            change = unit.device_change()
-            if change is Change.VALUES:
-                unit.to(UnitState.WRITE_BACK)
-                self._write_back(unit, consumer)
-                unit.accept_versions()
-            elif change is Change.LAYOUT:
-                self._network.adopt(unit)
-                unit.bind(self.arena.block(unit.index, unit.nbytes))
-                self._copy(unit)
-                self._wait_and_publish(unit)
+        self._transfers.onload(unit)
 
     # -- the end -------------------------------------------------------------------------------------------------------
     def finish_leftovers(self) -> None:
@@ -336,7 +246,7 @@ class Streaming:
     def begin_pass(self) -> None:
         """The order's position goes back to the start; what is issued already stays issued when it wrapped round."""
         self.finish_leftovers()
-        self.sweep()
+        self._residents.sweep()
         at_end = self._order.position == len(self._order) - 1
         fresh = self._order.position == -1
         self._order.begin_pass()
@@ -344,11 +254,17 @@ class Streaming:
             self._resynchronise()
         self.issue_ahead()
 
+    def end_pass(self) -> None:
+        """The pass's last work has been enqueued."""
+        self.finish_leftovers()
+        self._residents.all_arrived()
+        self._residents.sweep()
+
     def close(self) -> None:
         """Masters true and published, nothing in flight, memory given back. Blocks the host."""
         streams = self._streams
         self.finish_leftovers()
-        self.sweep()
+        self._residents.sweep()
         pending: list[Event] = [streams.record(streams.onload_stream), streams.record(streams.offload_stream)]
         for event in pending:
             streams.synchronize(event)
@@ -367,6 +283,4 @@ class Streaming:
         for block in self._spare.values():
             streams.free(block, (consumed,))
         self._spare.clear()
-        self.arena.close((consumed,))
-        self._arriving.clear()
-        self._arrived.clear()
+        self.arena.close((consumed, *self._ring.fences()))

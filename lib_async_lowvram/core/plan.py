@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from lib_async_lowvram.core.pipeline import Prediction, Workload, simulate
 from lib_async_lowvram.core.ring import assign_offsets
 
+GRAIN = 512
+"""Bytes. Units are padded to a multiple of it and so are rings, so that every place in a ring is aligned (device.streams)."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -90,19 +93,23 @@ def make_plan(workload: Workload, budget_bytes: int, *, lookahead_bytes: int = 0
                 best = Plan(resident, ring_bytes, offsets, budget_bytes, prediction, limit, ())
     assert best is not None  # the first ring size is two of the largest unit of all, which every policy fits
     if lookahead_bytes and abs(best.ring_bytes - lookahead_bytes) >= 1 << 20:
-        notes.append(f"lookahead of {lookahead_bytes >> 20} MB became {best.ring_bytes >> 20} MB: at least two of the largest streamed unit, at most what the budget leaves")
+        notes.append(
+            f"lookahead of {lookahead_bytes >> 20} MB became {best.ring_bytes >> 20} MB: at least two of the largest streamed "
+            "unit, at most what the budget leaves"
+        )
     return Plan(best.resident, best.ring_bytes, best.offsets, budget_bytes, best.prediction, limit, tuple(notes))
 
 
 def _ring_sizes(workload: Workload, free: list[int], room: int, wish: int) -> list[int]:
-    """Ring sizes worth trying, in bytes, each at most `room`. The first always works."""
+    """Ring sizes worth trying, in bytes, each a multiple of `GRAIN` and at most `room`. The first always works."""
+    room = room // GRAIN * GRAIN
     largest = max(workload.nbytes[unit] for unit in free)
     always = min(2 * largest, room)
     if wish:
-        return [min(max(wish, always), room)]
+        return [min(max(-(-wish // GRAIN) * GRAIN, always), room)]
     sizes = [always]
     sizes += [size for factor in (3, 4, 6) if (size := factor * largest) <= room]
-    sizes += [size for part in (8, 4, 2) if (size := room // part // 512 * 512) >= always]
+    sizes += [size for part in (8, 4, 2) if (size := room // part // GRAIN * GRAIN) >= always]
     # With the largest units resident a smaller ring is enough.
     by_size = sorted((workload.nbytes[unit] for unit in free), reverse=True)
     for rank in (len(by_size) // 32, len(by_size) // 8):

@@ -127,3 +127,11 @@ class Ring:
         self.live_bytes -= self.nbytes[unit]
         self._serial += 1
         self._fences[unit] = (self._serial, stream_key, fence)
+
+    def fences(self) -> list[Any]:
+        """What must have passed before the whole slab may be given back: the newest fence of every stream."""
+        latest: dict[Hashable, tuple[int, Any]] = {}
+        for serial, key, event in self._fences.values():
+            if serial > latest.get(key, (0, None))[0]:
+                latest[key] = (serial, event)
+        return [event for _, event in latest.values()]

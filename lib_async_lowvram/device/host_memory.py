@@ -75,7 +75,7 @@ class HostMemory:
 
     def __init__(self, streams: Streams, pinned_limit_bytes: int = 0) -> None:
         """`pinned_limit_bytes`: 0 for automatic, 40% of RAM on Windows, 60% elsewhere."""
-        self.pinned_limit_bytes = pinned_limit_bytes if pinned_limit_bytes > 0 else default_pinned_limit_bytes()
+        self.set_limit(pinned_limit_bytes)
         self.refusals = 0
         self._ledger = _Ledger(streams)
         self._lock = threading.Lock()
@@ -94,6 +94,10 @@ class HostMemory:
         block.ledger = self._ledger
         self._ledger.living[block.address] = nbytes
         return tensor
+
+    def set_limit(self, pinned_limit_bytes: int) -> None:
+        """Change the limit; 0 for automatic. What is pinned beyond it stays so until its owner unpins it."""
+        self.pinned_limit_bytes = pinned_limit_bytes if pinned_limit_bytes > 0 else default_pinned_limit_bytes()
 
     def pin(self, block: torch.Tensor) -> bool:
         """Page-lock all of a block from `allocate` (any tensor over its whole storage will do). True when it is pinned

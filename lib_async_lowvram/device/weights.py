@@ -47,7 +47,7 @@ def packable(tensor: torch.Tensor) -> bool:
     if tensor.is_quantized or tensor.device.type == "meta" or tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg():
         return False
     expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1):
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=False) if size != 1):
         if stride != expected:
             return False
         expected *= size
@@ -203,7 +203,7 @@ class Unit:
     # -- publication ---------------------------------------------------------------------------------------------------
     def publish(self) -> None:
         """Point the parameters at the device memory. The caller's stream has waited for the copy (I4)."""
-        for ref, mine in zip(self.members, self.entries):
+        for ref, mine in zip(self.members, self.entries, strict=False):
             module = ref()
             if module is None:
                 continue
@@ -213,7 +213,7 @@ class Unit:
 
     def unpublish(self) -> None:
         """Point the parameters at the master again and take their versions as seen."""
-        for ref, mine in zip(self.members, self.entries):
+        for ref, mine in zip(self.members, self.entries, strict=False):
             module = ref()
             if module is None:
                 continue
@@ -234,7 +234,7 @@ class Unit:
 
     def _change(self, on_device: bool) -> Change:
         change = Change.NONE
-        for ref, mine, count in zip(self.members, self.entries, self._counts):
+        for ref, mine, count in zip(self.members, self.entries, self._counts, strict=False):
             module = ref()
             if module is None:
                 continue
@@ -257,7 +257,7 @@ class Unit:
 
     def accept_versions(self) -> None:
         """Take the parameters' present versions as seen: their change has been dealt with."""
-        for ref, mine in zip(self.members, self.entries):
+        for ref, mine in zip(self.members, self.entries, strict=False):
             module = ref()
             if module is None:
                 continue

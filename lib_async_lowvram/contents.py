@@ -1,0 +1,173 @@
+"""What one network holds: its modules, regions and units, and their masters - not how they move.
+
+Problem: the tree may change between passes and parameters may be replaced at any time, while everything that moves weights
+needs a consistent view of which unit is where. This is that view: rebuilt when the tree changed, joined after learning, and
+the one place where masters are packed, pinned and adopted.
+
+Modules are held weakly (I7). Called under the mover's lock, by `network`, `region_pass` and `streaming`.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+from torch import nn
+
+from lib_async_lowvram.context import Context
+from lib_async_lowvram.core.stats import Counters
+from lib_async_lowvram.device.loose import loose_bytes
+from lib_async_lowvram.device.weights import Change, Unit
+from lib_async_lowvram.modules import ModuleTree
+from lib_async_lowvram.network_spec import NetworkSpec
+from lib_async_lowvram.unit_table import UnitTable
+
+
+class Contents:
+    """See the module.
+
+    Attributes:
+        announced: indices of units whose anchor's call announces them (after learning).
+        resized: an adopted unit changed its size since the flag was last taken: the plan no longer fits.
+    """
+
+    def __init__(self, spec: NetworkSpec, context: Context, counters: Counters) -> None:
+        self._context = context
+        self._counters = counters
+        self._tree = ModuleTree(spec)
+        self._table = UnitTable(context.host)
+        self._fingerprint: tuple[int, ...] = ()
+        self._region: dict[int, int] = {}
+        self._modules: list[weakref.ref[nn.Module]] = []
+        self.announced: frozenset[int] = frozenset()
+        self.resized = False
+        self.rebuild()
+
+    # -- modules -------------------------------------------------------------------------------------------------------
+    @property
+    def span(self) -> nn.Module | None:
+        """The module one call of which is a pass."""
+        return self._tree.span() if self._tree.span is not None else None
+
+    @property
+    def alive(self) -> bool:
+        """False once the model is gone or has been emptied (moved to the meta device)."""
+        return self._tree.alive and not any(
+            parameter is not None and parameter.device.type == "meta"
+            for unit in self.units[:1]
+            for ref in unit.members
+            if (module := ref()) is not None
+            for parameter in module._parameters.values()
+        )
+
+    @property
+    def changed(self) -> bool:
+        """Whether modules were inserted, removed or replaced since the last look."""
+        return self._tree.fingerprint() != self._fingerprint or not all(unit.alive for unit in self.units)
+
+    @property
+    def units(self) -> list[Unit]:
+        """By index."""
+        return self._table.units
+
+    @property
+    def unmanaged(self) -> list[nn.Module]:
+        """Modules whose parameters cannot be packed; they move as loose tensors."""
+        return self._table.unmanaged
+
+    def modules(self) -> list[nn.Module]:
+        """All modules that still exist."""
+        return [module for ref in self._modules if (module := ref()) is not None]
+
+    def to_observe(self) -> list[nn.Module]:
+        """All modules and triggers but the span, each once."""
+        triggers = [module for ref in self._tree.triggers if (module := ref()) is not None]
+        span = self.span
+        return list({id(module): module for module in [*self.modules(), *triggers] if module is not span}.values())
+
+    def modules_of(self, region: int | None) -> list[nn.Module]:
+        """Those of one region; None: those outside all regions."""
+        return [module for module in self.modules() if self._region.get(id(module)) == region]
+
+    def region_of(self, module: nn.Module) -> int | None:
+        """The region that `module` announces or is in."""
+        for number, trigger in enumerate(self._tree.triggers):
+            if trigger() is module:
+                return number
+        return self._region.get(id(module))
+
+    def units_of(self, region: int | None) -> list[Unit]:
+        """Units of one region; None: those outside all regions, and those that several leaves share."""
+        if region is None:
+            return [unit for unit in self.units if unit.shared or self._region_of_unit(unit) is None]
+        return [unit for unit in self.units if not unit.shared and self._region_of_unit(unit) == region]
+
+    def _region_of_unit(self, unit: Unit) -> int | None:
+        return self._region.get(id(unit.members[0]()))
+
+    @property
+    def loose_bytes(self) -> int:
+        """Device bytes of buffers and unmanaged parameters."""
+        return loose_bytes(self.modules(), self.unmanaged)
+
+    # -- units ---------------------------------------------------------------------------------------------------------
+    def rebuild(self) -> None:
+        """Look at the tree again and make the units match. Everything must be on the host."""
+        tree = self._tree.scan()
+        self._table.rebuild(tree)
+        self._modules = [weakref.ref(module) for module in tree.modules]
+        self._region = tree.region
+        self._fingerprint = self._tree.fingerprint()
+        self.announced = frozenset()
+        self.pin()
+
+    def join(self, fired: frozenset[int]) -> None:
+        """A learning pass saw these modules (by id) fire: give every unit an anchor, or make it resident."""
+        span = self.span
+        _, announced = self._table.join_silent(self._tree.scan(), fired, [] if span is None else [span])
+        self.announced = frozenset(announced)
+        self.pin()
+
+    def pin(self) -> None:
+        """Page-lock the masters as far as the limit goes, the largest first: the limit is best spent where most bytes stream."""
+        for unit in sorted(self.units, key=lambda unit: -unit.nbytes):
+            self._guard(unit)
+
+    def _guard(self, unit: Unit) -> None:
+        context = self._context
+        if unit.nbytes and not context.host.is_pinned(unit.master):
+            context.host.pin(unit.master)
+        if context.host_ranges is not None and unit.nbytes:
+            context.host_ranges.add(unit.master)
+
+    def true_up(self, unit: Unit) -> None:
+        """Before an onload of a unit that is on the host: take changes made there as the new truth."""
+        change = unit.host_change()
+        if change is Change.LAYOUT:
+            self.adopt(unit)
+        elif change is Change.VALUES or unit.dirty:
+            unit.accept_versions()
+
+    def adopt(self, unit: Unit) -> None:
+        """Somebody put other tensors there: pack what is there now. Blocks the host, for copies in flight too: they read
+        or write the master that is about to be let go of."""
+        for event in (unit.copied, unit.written):
+            if event is not None:
+                self._context.streams.synchronize(event)
+        unit.copied = unit.written = None
+        self._counters.adopted += 1
+        before = unit.nbytes
+        unit.pack()
+        self._guard(unit)
+        self.resized = self.resized or unit.nbytes != before
+
+    def mark_dirty(self, module: nn.Module) -> bool:
+        """Somebody wrote `module`'s weights without a trace (through `.data`). True when they are ours."""
+        unit = self._table.unit_of(module)
+        if unit is not None:
+            unit.dirty = True
+        return unit is not None
+
+    def unpin(self) -> None:
+        """The masters become ordinary host memory."""
+        for unit in self.units:
+            self._context.host.unpin(unit.master)

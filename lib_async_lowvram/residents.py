@@ -1,0 +1,114 @@
+"""The resident set of a network in use: how it arrives, and how changes to it are seen.
+
+Problem: residents must be on the device before they are used, but loading them all before the first pass would leave the
+device idle meanwhile. So they are onloaded in execution order, among the streamed units, during the first pass after the
+network is entered; each has hooks only until it has arrived. From then on they cost nothing per use: one sweep at each
+pass's start and end compares them with what was published (I5).
+
+Called by `streaming` under the mover's lock, on the thread that runs the network.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from lib_async_lowvram.core.states import UnitState
+from lib_async_lowvram.device.arena import Arena
+from lib_async_lowvram.device.weights import Change, Unit
+from lib_async_lowvram.transfers import Transfers
+
+if TYPE_CHECKING:
+    from lib_async_lowvram.network import Network
+
+
+class Residents:
+    """See the module."""
+
+    def __init__(self, network: Network, arena: Arena, transfers: Transfers) -> None:
+        self._network = network
+        self._contents = network.contents
+        self._arena = arena
+        self._transfers = transfers
+        units = [network.contents.units[index] for index in network.plan.resident]
+        # Those nobody announces first, then as they fire.
+        units.sort(key=lambda unit: (self._announced(unit), self.place(unit), unit.index))
+        self._expected = deque(units)
+        self._arrived: list[Unit] = []
+        while self._expected and not self._announced(self._expected[0]):
+            self.onload_next()
+
+    def _announced(self, unit: Unit) -> bool:
+        return unit.index in self._contents.announced
+
+    def place(self, unit: Unit) -> int:
+        """Place of the unit's first firing in the learned pass; after all others when it did not fire."""
+        learned = self._network.learned
+        return learned.first.get(unit.index, len(learned.steps))
+
+    @property
+    def expected(self) -> bool:
+        """Whether any resident has not been onloaded yet."""
+        return bool(self._expected)
+
+    def onload_before(self, unit: Unit) -> None:
+        """Onload those that fire before `unit`."""
+        place = self.place(unit)
+        while self._expected and self.place(self._expected[0]) < place:
+            self.onload_next()
+
+    def onload_next(self) -> None:
+        """Onload the one that is wanted next."""
+        self._onload(self._expected[0])
+
+    def _onload(self, unit: Unit) -> None:
+        self._expected.remove(unit)
+        self._contents.true_up(unit)
+        unit.bind(self._arena.block(unit.index, unit.nbytes))
+        self._transfers.onload(unit)
+        self._arrived.append(unit)
+        if not self._announced(unit):
+            self._transfers.wait_and_publish(unit)
+
+    def arrive(self, unit: Unit) -> None:
+        """`unit` is used for the first time since the network was entered."""
+        if unit.state is UnitState.HOST:
+            self._onload(unit)
+        self._publish(unit)
+
+    def _publish(self, unit: Unit) -> None:
+        if unit.state is UnitState.ONLOADING:
+            change = unit.host_change()
+            if change is not Change.NONE or unit.dirty:
+                # Changed on the host after its onload was enqueued: that copy is stale.
+                self._network.counters.refetches += 1
+                self._contents.true_up(unit)
+                unit.bind(self._arena.block(unit.index, unit.nbytes))
+                self._transfers.onload(unit)
+            self._transfers.wait_and_publish(unit)
+        self._network.hooks.unit_off(unit)
+
+    def all_arrived(self) -> None:
+        """A pass has ended: those that did not fire in it are published as well."""
+        while self._expected:
+            self.onload_next()
+        for unit in self._arrived:
+            self._publish(unit)
+
+    def sweep(self) -> None:
+        """Look for changes in those that are published, and write them back."""
+        consumer = self._network.context.streams.current_stream()
+        for unit in self._arrived:
+            if unit.state is UnitState.WRITE_BACK:
+                unit.to(UnitState.READY)
+            if unit.state is not UnitState.READY:
+                continue
+            change = unit.device_change()
+            if change is Change.VALUES:
+                self._transfers.write_back(unit, consumer)
+                unit.accept_versions()
+            elif change is Change.LAYOUT:
+                self._contents.adopt(unit)
+                unit.bind(self._arena.block(unit.index, unit.nbytes))
+                self._transfers.onload(unit, behind=consumer)
+                self._transfers.wait_and_publish(unit)

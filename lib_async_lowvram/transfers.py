@@ -1,0 +1,70 @@
+"""The three things that happen to one unit's bytes: onload, publication, write-back - each with its events.
+
+Shared by `streaming` (units that pass through the ring) and `residents`. Enqueues only; the host never waits here (I3).
+Called under the mover's lock, on the thread that runs the network.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from lib_async_lowvram.context import Context
+from lib_async_lowvram.core.states import UnitState
+from lib_async_lowvram.core.stats import Counters
+from lib_async_lowvram.device.streams import Stream
+from lib_async_lowvram.device.weights import Unit
+
+
+class Transfers:
+    """See the module."""
+
+    def __init__(self, context: Context, counters: Counters) -> None:
+        self._context = context
+        self._streams = context.streams
+        self._counters = counters
+
+    def onload(self, unit: Unit, behind: Stream | None = None) -> None:
+        """Enqueue the copy of the master into the memory the unit is bound to, behind a write-back still under way, and
+        behind what `behind` has been given so far, if that may still read the memory."""
+        streams = self._streams
+        unit.to(UnitState.ONLOADING)
+        if behind is not None:
+            streams.wait(streams.onload_stream, streams.record(behind))
+        if unit.written is not None:
+            streams.wait(streams.onload_stream, unit.written)
+            unit.written = None
+        streams.copy(unit.memory[: unit.nbytes], unit.master, streams.onload_stream)
+        unit.copied = streams.record(streams.onload_stream)
+        self._counters.streamed_bytes += unit.nbytes
+        self._name_copy("copy", unit)
+
+    def wait_and_publish(self, unit: Unit) -> None:
+        """The consumer's current stream waits for the copy; then the parameters point there (I4)."""
+        streams, trace = self._streams, self._context.trace
+        consumer = streams.current_stream()
+        if trace is None:
+            streams.wait(consumer, unit.copied)
+        else:
+            start = time.perf_counter()
+            streams.wait(consumer, unit.copied)
+            trace.add("stall", unit.name, start, time.perf_counter())
+        if unit.state is UnitState.ONLOADING:
+            unit.to(UnitState.READY)
+        unit.publish()
+
+    def write_back(self, unit: Unit, consumer: Stream) -> None:
+        """Enqueue the copy of a changed unit to its master, after what `consumer` has been given so far (I5)."""
+        streams = self._streams
+        unit.to(UnitState.WRITE_BACK)
+        changed = streams.record(consumer)
+        streams.wait(streams.offload_stream, changed)
+        streams.copy(unit.master, unit.memory[: unit.nbytes], streams.offload_stream)
+        unit.written = streams.record(streams.offload_stream)
+        self._counters.write_backs += 1
+        self._name_copy("write-back", unit)
+
+    def _name_copy(self, lane: str, unit: Unit) -> None:
+        """Engines are first in, first out: the trace finds the names of their copies in this order."""
+        if self._context.trace is not None:
+            self._context.copies.setdefault(lane, deque()).append(unit.name)
