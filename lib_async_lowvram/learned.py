@@ -7,7 +7,7 @@ Called by `network` under the mover's lock.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lib_async_lowvram.core.pipeline import Workload
 from lib_async_lowvram.core.plan import Plan, least_budget, make_plan
@@ -62,6 +62,22 @@ class Learned:
     def compute_seconds(self) -> float:
         """Seconds per pass with everything resident, as the learning pass saw it."""
         return self.lead_seconds + sum(seconds for _, seconds in self.steps)
+
+    def refined(self, lead_seconds: float, steps: Sequence[tuple[int, float]]) -> Learned:
+        """With a later pass's times taken into account: of two measurements the smaller one.
+
+        A resident that fires twice is seen only once there (its hooks go when it has arrived); then only the sum is
+        comparable, and scales every step. A pass that did not fire the same units says nothing.
+        """
+        if {unit for unit, _ in steps} != set(self.first):
+            return self
+        if [unit for unit, _ in steps] == [unit for unit, _ in self.steps]:
+            merged = tuple((unit, min(old, new)) for (unit, old), (_, new) in zip(self.steps, steps, strict=True))
+            return replace(self, steps=merged, lead_seconds=min(self.lead_seconds, lead_seconds))
+        factor = (lead_seconds + sum(seconds for _, seconds in steps)) / self.compute_seconds
+        if factor >= 1:
+            return self
+        return replace(self, steps=tuple((unit, factor * old) for unit, old in self.steps), lead_seconds=factor * self.lead_seconds)
 
     def workload(self, units: Sequence[Unit]) -> Workload:
         """The pass as numbers for the planner."""

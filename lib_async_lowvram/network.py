@@ -25,6 +25,7 @@ from lib_async_lowvram.core.plan import Plan
 from lib_async_lowvram.core.stats import Counters
 from lib_async_lowvram.device.weights import Unit
 from lib_async_lowvram.hook_set import HookSet
+from lib_async_lowvram.leaf_clock import LeafClock
 from lib_async_lowvram.learned import Learned
 from lib_async_lowvram.log import logger
 from lib_async_lowvram.network_spec import NetworkSpec
@@ -64,6 +65,7 @@ class Network:
         self._opener: weakref.ref[nn.Module] | None = None  # what started a pass nobody announced
         self._firing = 0  # observed modules running now, one inside the other
         self._stale_plan = False
+        self._leaf_clocks: list[LeafClock] = []
         self._clock = PassClock(context.streams, self.counters)
         self.hooks = HookSet(self, spec.open_ended)
         self.hooks.observe(True)
@@ -133,7 +135,7 @@ class Network:
                     self._learn(observed)
         elif self._streaming is not None:
             with self.judged(False):
-                self._streaming.end_pass()
+                self._streaming.end_pass(complete)
                 if self.order.end_pass(complete):
                     self.counters.relearned += 1
                     self._stale_plan = True
@@ -144,9 +146,25 @@ class Network:
         contents = self.contents
         contents.join(observed.fired)
         self.learned = Learned.of(observed, contents.units, contents.announced, contents.loose_bytes)
+        self._leaf_clocks.clear()
         self._stale_plan = True
         self.hooks.observe(False)
         self.hooks.units_on()
+
+    def timed(self, clock: LeafClock) -> None:
+        """A complete pass was timed leaf by leaf; its figures are read when the device has got there."""
+        self._leaf_clocks.append(clock)
+        del self._leaf_clocks[:-4]
+
+    def _read_clocks(self) -> None:
+        unread = []
+        for clock in self._leaf_clocks:
+            figures = clock.read()
+            if figures is None:
+                unread.append(clock)
+            elif self.learned is not None:
+                self.learned = self.learned.refined(*figures)
+        self._leaf_clocks = unread
 
     # -- device memory -------------------------------------------------------------------------------------------------
     def _enter(self) -> None:
@@ -165,6 +183,7 @@ class Network:
         self._streaming.issue_ahead()
 
     def _make_plan(self, budget_bytes: int) -> None:
+        self._read_clocks()
         config = self.context.config
         units = self.contents.units
         plan = self.learned.plan(units, budget_bytes, config.lookahead_bytes, config.small_leaf_bytes)

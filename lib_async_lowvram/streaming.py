@@ -24,8 +24,9 @@ from lib_async_lowvram.core.ring import Ring
 from lib_async_lowvram.core.states import UnitState
 from lib_async_lowvram.device.arena import Arena
 from lib_async_lowvram.device.loose import LooseTensors
-from lib_async_lowvram.device.streams import Event, Stream
+from lib_async_lowvram.device.streams import Stream
 from lib_async_lowvram.device.weights import Change, Unit
+from lib_async_lowvram.leaf_clock import LeafClock
 from lib_async_lowvram.residents import Residents
 from lib_async_lowvram.transfers import Transfers
 
@@ -55,6 +56,7 @@ class Streaming:
         except BaseException:
             self.arena.close(())
             raise
+        self._timed = False  # whether a complete pass was timed since the network was entered
         self._transfers = Transfers(network.context, network.counters)
         self._residents = Residents(network, self.arena, self._transfers)
 
@@ -252,11 +254,19 @@ class Streaming:
         self._order.begin_pass()
         if not (at_end or fresh):
             self._resynchronise()
+        if not self._timed:
+            self._transfers.clock = LeafClock(self._streams)
+            self._transfers.clock.start()
         self.issue_ahead()
 
-    def end_pass(self) -> None:
+    def end_pass(self, complete: bool) -> None:
         """The pass's last work has been enqueued."""
         self.finish_leftovers()
+        clock, self._transfers.clock = self._transfers.clock, None
+        if clock is not None and complete:
+            clock.end()
+            self._network.timed(clock)
+            self._timed = True
         self._residents.all_arrived()
         self._residents.sweep()
 
@@ -265,8 +275,10 @@ class Streaming:
         streams = self._streams
         self.finish_leftovers()
         self._residents.sweep()
-        pending: list[Event] = [streams.record(streams.onload_stream), streams.record(streams.offload_stream)]
-        for event in pending:
+        for fence in self._ring.fences():
+            streams.wait(streams.onload_stream, fence)
+        settled = [streams.record(streams.onload_stream), streams.record(streams.offload_stream)]
+        for event in settled:
             streams.synchronize(event)
         consumed = streams.record(streams.current_stream())
         for unit in self._units:
@@ -281,6 +293,6 @@ class Streaming:
             unit.copied = unit.written = None
         self._loose.leave()
         for block in self._spare.values():
-            streams.free(block, (consumed,))
+            streams.free(block, (consumed, *settled))
         self._spare.clear()
-        self.arena.close((consumed, *self._ring.fences()))
+        self.arena.close((consumed, *settled))

@@ -14,12 +14,14 @@ from lib_async_lowvram.core.states import UnitState
 from lib_async_lowvram.core.stats import Counters
 from lib_async_lowvram.device.streams import Stream
 from lib_async_lowvram.device.weights import Unit
+from lib_async_lowvram.leaf_clock import LeafClock
 
 
 class Transfers:
-    """See the module."""
+    """See the module. `clock`: times each unit while set."""
 
-    def __init__(self, context: Context, counters: Counters) -> None:
+    def __init__(self, context: Context, counters: Counters, clock: LeafClock | None = None) -> None:
+        self.clock = clock
         self._context = context
         self._streams = context.streams
         self._counters = counters
@@ -42,13 +44,17 @@ class Transfers:
     def wait_and_publish(self, unit: Unit) -> None:
         """The consumer's current stream waits for the copy; then the parameters point there (I4)."""
         streams, trace = self._streams, self._context.trace
-        consumer = streams.current_stream()
+        consumer, clock = streams.current_stream(), self.clock
+        if clock is not None:
+            clock.before_wait()
         if trace is None:
             streams.wait(consumer, unit.copied)
         else:
             start = time.perf_counter()
             streams.wait(consumer, unit.copied)
             trace.add("stall", unit.name, start, time.perf_counter())
+        if clock is not None:
+            clock.after_wait(unit.index)
         if unit.state is UnitState.ONLOADING:
             unit.to(UnitState.READY)
         unit.publish()

@@ -298,10 +298,11 @@ def _simulated(event: Event) -> SimulatedEvent:
 
 def _when_all_reached(events: list[SimulatedEvent], action: Callable[[], None]) -> None:
     """Run `action` once all are reached: now, or on the thread that reaches the last."""
-    if not events:
-        action()
-    else:
-        events[0].on_reach(lambda: _when_all_reached(events[1:], action))
+    for number, event in enumerate(events):
+        if not event.reached:
+            event.on_reach(lambda: _when_all_reached(events[number + 1 :], action))
+            return
+    action()
 
 
 def _positive(bandwidth: float) -> float:

@@ -34,7 +34,7 @@ def align(nbytes: int, to: int = ALIGNMENT) -> int:
     return -(-nbytes // to) * to
 
 
-class Event(ABC):
+class Event:
     """A point in one stream's work, made by `Streams.record` and immutable from then on."""
 
     __slots__ = ()
@@ -105,12 +105,13 @@ class Streams(ABC):
     @abstractmethod
     def allocate(self, nbytes: int) -> torch.Tensor:
         """A block of device memory: one-dimensional uint8, `nbytes` long, aligned to `ALIGNMENT`, contents undefined.
-        Raises `torch.cuda.OutOfMemoryError` when there is no room. Blocks are owned by the caller until `free`."""
+        Raises `torch.cuda.OutOfMemoryError` when there is no room. Blocks are owned by the caller until `free`. It may be
+        used at once on both copy streams and the caller's current stream; elsewhere after waiting for one of these."""
 
     @abstractmethod
     def free(self, block: torch.Tensor, after: tuple[Event, ...] = ()) -> None:
-        """Give back a block from `allocate`. `after`: events of other streams' last uses; the memory is not handed to
-        anybody else before them. The caller drops its own references."""
+        """Give back a block from `allocate`. `after`: events of all its last uses, the current stream's too; the memory is
+        not handed to anybody else before them. The caller drops its own references."""
 
     @property
     @abstractmethod
@@ -147,5 +148,6 @@ class Streams(ABC):
         """Undo `pin`. The caller has made sure that no copy still reads or writes there. Safe at interpreter exit."""
 
     # -- life ----------------------------------------------------------------------------------------------------------
+    @abstractmethod
     def close(self) -> None:
         """Wait for everything in flight and stop threads. Idempotent; the object is unusable afterwards."""

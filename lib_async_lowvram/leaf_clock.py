@@ -1,0 +1,52 @@
+"""How long each unit computes, measured where hooks are anyway: in the first streamed pass after a network is entered.
+
+Problem: the learning pass times every leaf, but under observers, cold caches and first-run compilation. The pass in which
+the residents arrive has acquire hooks on every unit too, so it can be timed with two events per unit, around its wait for
+the copy; later passes carry no timing events at all. What lies between one unit's wait and the next one's is the first
+one's computing. Of several measurements the smallest counts: noise only ever adds.
+
+Called by `transfers` and `streaming` under the mover's lock. Events are read when they are long done; nobody waits.
+"""
+
+from __future__ import annotations
+
+from lib_async_lowvram.device.streams import Event, Streams
+
+
+class LeafClock:
+    """Measures one pass."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._marks: list[tuple[int, Event, Event]] = []  # (unit, before its wait, after it)
+        self._start: Event | None = None
+        self._before: Event | None = None
+        self._end: Event | None = None
+
+    def _now(self) -> Event:
+        return self._streams.record(self._streams.current_stream(), timing=True)
+
+    def start(self) -> None:
+        """The pass starts."""
+        self._start = self._now()
+
+    def before_wait(self) -> None:
+        """The calling thread's stream is about to wait for a copy."""
+        self._before = self._now()
+
+    def after_wait(self, unit: int) -> None:
+        """It has been told to: from here on `unit` computes."""
+        self._marks.append((unit, self._before, self._now()))
+
+    def end(self) -> None:
+        """The pass ends."""
+        self._end = self._now()
+
+    def read(self) -> tuple[float, list[tuple[int, float]]] | None:
+        """(seconds before the first unit, (unit, seconds) per firing), or None while the device is not there yet."""
+        if self._end is None or not self._marks or not self._streams.done(self._end):
+            return None
+        elapsed = self._streams.elapsed
+        ends = [before for _, before, _ in self._marks[1:]] + [self._end]
+        steps = [(unit, max(0.0, elapsed(after, end))) for (unit, _, after), end in zip(self._marks, ends, strict=True)]
+        return max(0.0, elapsed(self._start, self._marks[0][1])), steps
