@@ -79,6 +79,29 @@ class Learned:
             return self
         return replace(self, steps=tuple((unit, factor * old) for unit, old in self.steps), lead_seconds=factor * self.lead_seconds)
 
+    def reordered(self, streamed: Sequence[int], resident: frozenset[int]) -> Learned:
+        """With another order of the streamed units, as later passes fired them. Residents, which nobody sees fire, stay
+        behind the streamed unit that they followed; those of a unit that no longer fires go to the end."""
+        seconds: dict[int, float] = {}
+        followers: dict[int, list[tuple[int, float]]] = {}
+        steps: list[tuple[int, float]] = []
+        current = steps  # residents before the first streamed unit
+        for unit, time in self.steps:
+            if unit in resident:
+                current.append((unit, time))
+            else:
+                seconds.setdefault(unit, time)
+                current = followers.setdefault(unit, [])
+        for unit in streamed:
+            steps.append((unit, seconds.get(unit, 0.0)))
+            steps.extend(followers.pop(unit, ()))
+        for left in followers.values():
+            steps.extend(left)
+        first: dict[int, int] = {}
+        for place, (unit, _) in enumerate(steps):
+            first.setdefault(unit, place)
+        return replace(self, steps=tuple(steps), first=first)
+
     def workload(self, units: Sequence[Unit]) -> Workload:
         """The pass as numbers for the planner."""
         return Workload(

@@ -138,7 +138,7 @@ class Network:
                 self._streaming.end_pass(complete)
                 if self.order.end_pass(complete):
                     self.counters.relearned += 1
-                    self._stale_plan = True
+                    self.learned = self.learned.reordered(self.order.sequence, self.plan.resident)
             self._clock.end(complete)
         self._on_end()
 

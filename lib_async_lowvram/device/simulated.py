@@ -300,7 +300,7 @@ def _when_all_reached(events: list[SimulatedEvent], action: Callable[[], None]) 
     """Run `action` once all are reached: now, or on the thread that reaches the last."""
     for number, event in enumerate(events):
         if not event.reached:
-            event.on_reach(lambda: _when_all_reached(events[number + 1 :], action))
+            event.on_reach(lambda rest=events[number + 1 :]: _when_all_reached(rest, action))
             return
     action()
 
