@@ -139,6 +139,7 @@ class Network:
                 if self.order.end_pass(complete):
                     self.counters.relearned += 1
                     self.learned = self.learned.reordered(self.order.sequence, self.plan.resident)
+                    self._streaming.resynchronise()
             self._clock.end(complete)
         self._on_end()
 

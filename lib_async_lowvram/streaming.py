@@ -76,7 +76,7 @@ class Streaming:
                 self._issued -= 1
         else:
             counters.skipped += 1
-            self._resynchronise()
+            self.resynchronise()
         if unit.pending:
             unit.pending -= 1
         stale = self._check_master(unit)
@@ -217,9 +217,9 @@ class Streaming:
             if blocker.depth:
                 raise RuntimeError(f"{unit.name} needs the place of {blocker.name}, which is in use")
             self._vacate(blocker, self._streams.current_stream())
-            self._resynchronise()
+            self.resynchronise()
 
-    def _resynchronise(self) -> None:
+    def resynchronise(self) -> None:
         """The order jumped: what is on the device stays, but nothing counts as issued any more."""
         self._issued = 0
         for index in self._ring.live:
@@ -253,7 +253,7 @@ class Streaming:
         fresh = self._order.position == -1
         self._order.begin_pass()
         if not (at_end or fresh):
-            self._resynchronise()
+            self.resynchronise()
         if not self._timed:
             self._transfers.clock = LeafClock(self._streams)
             self._transfers.clock.start()
