@@ -1,0 +1,53 @@
+"""What is kept of a learning pass: times only ever get smaller, and a new order keeps every resident in it."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib_async_lowvram.learned import Learned
+
+
+def learned(steps: list[tuple[int, float]], lead: float = 0.0) -> Learned:
+    first: dict[int, int] = {}
+    for place, (unit, _) in enumerate(steps):
+        first.setdefault(unit, place)
+    return Learned(tuple(steps), lead, 1e9, first, 0)
+
+
+def test_the_smaller_of_two_measurements_counts() -> None:
+    base = learned([(0, 3.0), (1, 1.0), (0, 2.0)], lead=1.0)
+    better = base.refined(0.5, [(0, 2.0), (1, 4.0), (0, 1.0)])
+    assert better.steps == ((0, 2.0), (1, 1.0), (0, 1.0))
+    assert better.lead_seconds == 0.5
+
+
+def test_a_pass_that_fired_other_units_says_nothing() -> None:
+    base = learned([(0, 3.0), (1, 1.0)])
+    assert base.refined(0.0, [(0, 0.1)]) is base
+    assert base.refined(0.0, [(0, 0.1), (2, 0.1)]) is base
+
+
+def test_a_resident_seen_once_instead_of_twice_scales_the_whole() -> None:
+    base = learned([(0, 4.0), (1, 2.0), (0, 2.0)])
+    better = base.refined(0.0, [(0, 2.0), (1, 2.0)])
+    assert better.steps == ((0, 2.0), (1, 1.0), (0, 1.0))
+    assert base.refined(0.0, [(0, 20.0), (1, 2.0)]) is base
+
+
+def test_reordered_keeps_residents_behind_what_they_followed() -> None:
+    base = learned([(9, 0.9), (0, 0.1), (8, 0.8), (1, 0.2), (7, 0.7), (2, 0.3)])
+    other = base.reordered([2, 0, 0, 5], frozenset({7, 8, 9}))
+    assert [unit for unit, _ in other.steps] == [9, 2, 0, 8, 0, 5, 7]
+    assert dict(other.steps)[5] == 0.0
+    assert other.first == {9: 0, 2: 1, 0: 2, 8: 3, 5: 5, 7: 6}
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.floats(0.0, 1.0)), min_size=1, max_size=20), st.lists(st.integers(0, 9), max_size=20), st.data())
+def test_reordering_loses_no_resident(steps: list[tuple[int, float]], streamed: list[int], data: st.DataObject) -> None:
+    units = sorted({unit for unit, _ in steps})
+    resident = frozenset(data.draw(st.lists(st.sampled_from(units), unique=True)))
+    order = [unit for unit in streamed if unit not in resident]
+    other = learned(steps).reordered(order, resident)
+    assert [unit for unit, _ in other.steps if unit not in resident] == order
+    assert {unit for unit, _ in other.steps if unit in resident} == {unit for unit, _ in steps if unit in resident}
