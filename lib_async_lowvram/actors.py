@@ -75,8 +75,8 @@ class ObserverActor:
         network = self._network
         with network.context.lock:
             network.observe(module)
-        return network.moved(args, kwargs)
+        return network.moved(args, kwargs) if module._parameters else None
 
     def after(self, module: nn.Module) -> None:
         with self._network.context.lock:
-            self._network.observed()
+            self._network.observed(module)

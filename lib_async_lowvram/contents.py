@@ -10,13 +10,15 @@ Modules are held weakly (I7). Called under the mover's lock, by `network`, `regi
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 
 from torch import nn
 
+from lib_async_lowvram.claims import claim, release
 from lib_async_lowvram.context import Context
 from lib_async_lowvram.core.stats import Counters
-from lib_async_lowvram.device.loose import loose_bytes
-from lib_async_lowvram.device.weights import Change, Unit
+from lib_async_lowvram.device.loose import LooseTensors, loose_bytes
+from lib_async_lowvram.device.weights import Change, Unit, packable
 from lib_async_lowvram.modules import ModuleTree
 from lib_async_lowvram.network_spec import NetworkSpec
 from lib_async_lowvram.unit_table import UnitTable
@@ -38,6 +40,7 @@ class Contents:
         self._fingerprint: tuple[int, ...] = ()
         self._region: dict[int, int] = {}
         self._modules: list[weakref.ref[nn.Module]] = []
+        self._weightless: list[weakref.ref[nn.Module]] = []
         self.announced: frozenset[int] = frozenset()
         self.resized = False
         self.rebuild()
@@ -61,8 +64,14 @@ class Contents:
 
     @property
     def changed(self) -> bool:
-        """Whether modules were inserted, removed or replaced since the last look."""
-        return self._tree.fingerprint() != self._fingerprint or not all(unit.alive for unit in self.units)
+        """Whether modules were inserted, removed or replaced since the last look, or given weights where they had none."""
+        if self._tree.fingerprint() != self._fingerprint or any(ref() is None for ref in self._modules):
+            return True
+        return any(value is not None for held in self._empty() for value in held.values())
+
+    def _empty(self) -> list[dict[str, nn.Parameter | None]]:
+        """The parameter tables of modules that could hold weights and held none at the last look."""
+        return [module._parameters for ref in self._weightless if (module := ref()) is not None]
 
     @property
     def units(self) -> list[Unit]:
@@ -115,16 +124,23 @@ class Contents:
         tree = self._tree.scan()
         self._table.rebuild(tree)
         self._modules = [weakref.ref(module) for module in tree.modules]
+        self._weightless = [
+            weakref.ref(module)
+            for module in tree.modules
+            if module._parameters and all(value is None for value in module._parameters.values())
+        ]
         self._region = tree.region
         self._fingerprint = self._tree.fingerprint()
+        span = self.span
+        claim([*tree.modules, *([] if span is None else [span])], self)
         self.announced = frozenset()
         self.pin()
 
-    def join(self, fired: frozenset[int]) -> None:
-        """A learning pass saw these modules (by id) fire: give every unit an anchor, or make it resident."""
+    def join(self, fired: frozenset[int], inside: Mapping[int, frozenset[int]]) -> None:
+        """A learning pass saw these modules (by id) fire, and some inside others: give every unit an anchor, or make it
+        resident."""
         span = self.span
-        _, announced = self._table.join_silent(self._tree.scan(), fired, [] if span is None else [span])
-        self.announced = frozenset(announced)
+        self.announced = frozenset(self._table.join_silent(self._tree.scan(), fired, inside, [] if span is None else [span]))
         self.pin()
 
     def pin(self) -> None:
@@ -138,6 +154,13 @@ class Contents:
             context.host.pin(unit.master)
         if context.host_ranges is not None and unit.nbytes:
             context.host_ranges.add(unit.master)
+
+    def guard_loose(self, loose: LooseTensors, on: bool) -> None:
+        """While buffers are on the device, nobody may read their host copies: tell the placement checker."""
+        ranges = self._context.host_ranges
+        if ranges is not None:
+            for tensor in loose.host_tensors():
+                (ranges.add if on else ranges.remove)(tensor)
 
     def true_up(self, unit: Unit) -> None:
         """Before an onload of a unit that is on the host: take changes made there as the new truth."""
@@ -158,7 +181,10 @@ class Contents:
         before = unit.nbytes
         unit.pack()
         self._guard(unit)
-        self.resized = self.resized or unit.nbytes != before
+        # What cannot be packed moves as a loose tensor, from the next time the network is entered.
+        members = [module for ref in unit.members if (module := ref()) is not None]
+        loose = any(not packable(each) for module in members for each in module._parameters.values() if each is not None)
+        self.resized = self.resized or loose or unit.nbytes != before
 
     def mark_dirty(self, module: nn.Module) -> bool:
         """Somebody wrote `module`'s weights without a trace (through `.data`). True when they are ours."""
@@ -166,6 +192,11 @@ class Contents:
         if unit is not None:
             unit.dirty = True
         return unit is not None
+
+    def release(self) -> None:
+        """No longer managed: the masters become ordinary host memory, and another mover may take the modules."""
+        self.unpin()
+        release(self)
 
     def unpin(self) -> None:
         """The masters become ordinary host memory."""

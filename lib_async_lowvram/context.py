@@ -17,6 +17,9 @@ from lib_async_lowvram.device.host_memory import HostMemory
 from lib_async_lowvram.device.placement import PlacementChecker
 from lib_async_lowvram.device.streams import Streams
 
+STEP = 32 << 20
+"""Bytes. The automatic budget is rounded down to it, so that a few bytes more or less do not make another plan."""
+
 
 class Peaks:
     """The largest weight bytes on the device, learning passes apart: only streamed passes are under the budget (I2)."""
@@ -75,4 +78,5 @@ class Context:
         if self.config.budget_bytes:
             return self.config.budget_bytes
         streams = self.streams
-        return max(0, streams.free_memory() + streams.allocated_bytes - streams.activation_growth() - self.config.reserve_bytes)
+        room = streams.free_memory() + streams.allocated_bytes - streams.activation_growth() - self.config.reserve_bytes
+        return max(0, room // STEP * STEP)

@@ -18,6 +18,9 @@ from lib_async_lowvram.region_pass import Observed
 COPY_OVERHEAD_SECONDS = 8e-6
 """Per copy, whatever its size: what enqueuing and starting a DMA copy takes on current hosts (shared/plan_reference)."""
 
+NOTEWORTHY = 0.05
+"""Share of the compute time per pass."""
+
 
 @dataclass(frozen=True)
 class Learned:
@@ -64,7 +67,8 @@ class Learned:
         return self.lead_seconds + sum(seconds for _, seconds in self.steps)
 
     def refined(self, lead_seconds: float, steps: Sequence[tuple[int, float]]) -> Learned:
-        """With a later pass's times taken into account: of two measurements the smaller one.
+        """With a later pass's times taken into account: of two measurements the smaller one. Unchanged when that would make
+        less than a `NOTEWORTHY` difference, since other times mean another plan.
 
         A resident that fires twice is seen only once there (its hooks go when it has arrived); then only the sum is
         comparable, and scales every step. A pass that did not fire the same units says nothing.
@@ -73,9 +77,10 @@ class Learned:
             return self
         if [unit for unit, _ in steps] == [unit for unit, _ in self.steps]:
             merged = tuple((unit, min(old, new)) for (unit, old), (_, new) in zip(self.steps, steps, strict=True))
-            return replace(self, steps=merged, lead_seconds=min(self.lead_seconds, lead_seconds))
+            better = replace(self, steps=merged, lead_seconds=min(self.lead_seconds, lead_seconds))
+            return better if better.compute_seconds < (1 - NOTEWORTHY) * self.compute_seconds else self
         factor = (lead_seconds + sum(seconds for _, seconds in steps)) / self.compute_seconds
-        if factor >= 1:
+        if factor >= 1 - NOTEWORTHY:
             return self
         return replace(self, steps=tuple((unit, factor * old) for unit, old in self.steps), lead_seconds=factor * self.lead_seconds)
 

@@ -47,7 +47,8 @@ class ModuleTree:
         return any(ref() is not None for ref in self.regions) or any(ref() is not None for ref in self.roots)
 
     def fingerprint(self) -> tuple[int, ...]:
-        """Identities of all modules, in walking order: equal while nobody inserted or removed one."""
+        """Identities of all modules and their numbers of parameters and buffers, in walking order: equal while nobody
+        inserted or removed one."""
         seen: set[int] = set()
         found: list[int] = []
         stack = [module for ref in reversed(self.regions + self.roots) if (module := ref()) is not None]
@@ -57,6 +58,7 @@ class ModuleTree:
                 continue
             seen.add(id(module))
             found.append(id(module))
+            found.append(len(module._parameters) << 16 | len(module._buffers))
             stack.extend(module._modules.values())
         return tuple(found)
 

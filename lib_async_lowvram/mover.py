@@ -8,8 +8,9 @@ together: at most one network is *in use* (has device memory); when another one 
     ...                       # call the modules as ever, with gradients off
     mover.detach()
 
-Threads: any method may be called from any thread. Passes run on the caller's thread; what another thread asks for in the
-middle of one (`drain`, `detach`, `configure`) is done when that pass ends.
+Threads: any method may be called from any thread. Passes run on the caller's thread, one at a time over all networks: two
+threads must not run two of them at once. What another thread asks for in the middle of a pass (`drain`, `detach`,
+`configure`) is done when that pass ends.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lib_async_lowvram.claims import refuse_claimed
 from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.context import Context
 from lib_async_lowvram.core.stats import Trace
@@ -74,10 +76,12 @@ class AsyncModelMover:
         that fits, else one child at a time. Raises `ValueError` for a name in use or a module another mover manages.
         """
         with self._context.lock:
+            self._forget_dead()
             for name, network in networks.items():
                 if name in self._networks:
                     raise ValueError(f"a network named {name!r} is attached already")
                 spec = network if isinstance(network, NetworkSpec) else self._spec_of(network)
+                refuse_claimed(spec)
                 self._networks[name] = Network(name, spec, self._context, self._take_over, self._pass_ended)
         return self
 
@@ -105,12 +109,18 @@ class AsyncModelMover:
         return bool(self._networks)
 
     def forget_dead(self) -> list[str]:
-        """Drop networks whose modules are gone or were moved to the meta device; their names."""
+        """Drop networks whose modules are gone or were moved to the meta device; their names. Every pass's start does it."""
         with self._context.lock:
-            dead = [name for name, network in self._networks.items() if not network.contents.alive]
-            if dead:
-                self.detach(dead)
-            return dead
+            return self._forget_dead()
+
+    def _forget_dead(self) -> list[str]:
+        dead = [name for name, network in self._networks.items() if not network.contents.alive]
+        for name in dead:
+            network = self._networks.pop(name)
+            if network is self._current:
+                self._leave()
+            network.detach()
+        return dead
 
     def __enter__(self) -> AsyncModelMover:
         return self
@@ -120,9 +130,13 @@ class AsyncModelMover:
 
     def close(self) -> None:
         """Detach everything, and close the streams if the mover opened them."""
-        self.detach()
-        if self._owns_streams:
-            self.streams.close()
+
+        def now() -> None:
+            self.detach()
+            if self._owns_streams:
+                self.streams.close()
+
+        self._between_passes(now)
 
     # -- passes --------------------------------------------------------------------------------------------------------
     @contextmanager
@@ -148,13 +162,14 @@ class AsyncModelMover:
         """Start the first onloads of a network now, without waiting for them. Nothing before it has learned."""
         with self._context.lock:
             network = self._networks.get(name)
-            if network is not None and not self.in_pass:
+            if network is not None and not (self._current is not None and self._current.busy):
                 network.prepare()
 
     def _take_over(self, network: Network) -> None:
         """`network` is about to start a pass: leave the one that is in use."""
         for action in self._take_deferred():
             action()
+        self._forget_dead()
         if self._context.config is not self.config:
             self._apply_config()
         if self._current is not network:
@@ -190,7 +205,7 @@ class AsyncModelMover:
         """Do it now, or when the pass that another thread is in the middle of ends."""
         with self._context.lock:
             current = self._current
-            if current is not None and current.in_pass and current.thread != threading.get_ident():
+            if current is not None and current.thread != threading.get_ident() and current.busy:
                 self._deferred.append(action)
             else:
                 action()

@@ -31,6 +31,7 @@ from lib_async_lowvram.log import logger
 from lib_async_lowvram.network_spec import NetworkSpec
 from lib_async_lowvram.pass_clock import PassClock
 from lib_async_lowvram.region_pass import Observed, RegionPass
+from lib_async_lowvram.running import is_running
 from lib_async_lowvram.streaming import Streaming
 
 
@@ -54,6 +55,7 @@ class Network:
         self.order = ExecutionOrder()
         self.plan: Plan | None = None
         self.learned: Learned | None = None
+        self._plan_inputs: tuple | None = None
         self.in_pass = False
         self.thread: int | None = None
         self.opened_by_caller = False
@@ -63,6 +65,7 @@ class Network:
         self._streaming: Streaming | None = None
         self._regions: RegionPass | None = None
         self._opener: weakref.ref[nn.Module] | None = None  # what started a pass nobody announced
+        self._opener_streams = False  # whether that is a streamed unit's anchor
         self._firing = 0  # observed modules running now, one inside the other
         self._stale_plan = False
         self._leaf_clocks: list[LeafClock] = []
@@ -92,29 +95,52 @@ class Network:
             self.hooks.units_off()
             self.hooks.observe(False)
             self.contents.rebuild()
-            self.learned = self.plan = None
+            self.learned = self.plan = self._plan_inputs = None
         self.in_pass = True
         self.thread = threading.get_ident()
-        if torch.is_grad_enabled() or self.learned is None:
-            self._give_back()
-            self.hooks.observe(True)
-            context.peaks.learning(True)
-            self._regions = RegionPass(self, observe=not torch.is_grad_enabled())
-        else:
-            self.hooks.observe(False)
-            if self._stale_plan or self.contents.resized:
-                self._give_back()
-            with self.judged(False):
-                self._enter()
-                self._streaming.begin_pass()
-            self._clock.begin()
+        try:
+            if torch.is_grad_enabled() or self.learned is None:
+                self._begin_moving_regions()
+            else:
+                self._begin_streaming()
+        except BaseException:
+            self.end_pass(complete=False)
+            raise
         if context.checker is not None:
             context.checker.enter()
 
+    def _begin_moving_regions(self) -> None:
+        self._give_back()
+        self.hooks.observe(True)
+        self.context.peaks.learning(True)
+        self._regions = RegionPass(self, observe=not torch.is_grad_enabled())
+        self._regions.start()
+
+    def _begin_streaming(self) -> None:
+        self.hooks.observe(False)
+        if self._stale_plan or self.contents.resized:
+            self._give_back()
+        with self.judged(False):
+            self._enter()
+            self._streaming.begin_pass()
+        self._clock.begin()
+
     @property
     def _ends_by_itself(self) -> bool:
-        """Whether an open pass counts as complete when something else starts: nobody would have said so."""
-        return self._open_ended or self._opener is not None
+        """Whether an open pass counts as complete when something else starts: nobody would have said so. A stray call of one
+        leaf, in a network whose passes are announced, is not a pass."""
+        return self._open_ended or (self._opener is not None and self.contents.span is None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether some thread is inside a pass, as far as can be known: an interrupt leaves passes open, and some have no
+        end of their own."""
+        if not self.in_pass:
+            return False
+        if self._open_ended or self._opener is not None:
+            return self._streaming is not None and self._streaming.anything_in_use
+        span = self.contents.span
+        return self.opened_by_caller or span is None or is_running(self.thread, span)
 
     def end_pass(self, complete: bool = True) -> None:
         """The pass ended; `complete` unless an exception cut it short."""
@@ -126,8 +152,8 @@ class Network:
         self._opener = None
         self._firing = 0
         if self._regions is not None:
-            observed = self._regions.close()
-            self._regions = None
+            regions, self._regions = self._regions, None
+            observed = regions.close()
             self.context.peaks.learning(False)
             if observed is not None:
                 self.counters.learning_passes += 1
@@ -145,7 +171,7 @@ class Network:
 
     def _learn(self, observed: Observed) -> None:
         contents = self.contents
-        contents.join(observed.fired)
+        contents.join(observed.fired, observed.inside)
         self.learned = Learned.of(observed, contents.units, contents.announced, contents.loose_bytes)
         self._leaf_clocks.clear()
         self._stale_plan = True
@@ -187,7 +213,12 @@ class Network:
         self._read_clocks()
         config = self.context.config
         units = self.contents.units
-        plan = self.learned.plan(units, budget_bytes, config.lookahead_bytes, config.small_leaf_bytes)
+        inputs = (budget_bytes, config, self.learned, tuple(unit.nbytes for unit in units))
+        if self._plan_inputs == inputs:
+            plan = self.plan  # entered again, as at every job: planning a thousand units takes a good part of a second
+        else:
+            plan = self.learned.plan(units, budget_bytes, config.lookahead_bytes, config.small_leaf_bytes)
+            self._plan_inputs = inputs
         if self.plan is None or plan.notes != self.plan.notes:
             for note in plan.notes:
                 logger.info("%s: %s", self.name, note)
@@ -203,7 +234,8 @@ class Network:
 
     def prepare(self) -> None:
         """Start the first onloads now, if the network has learned and gradients are off."""
-        if self.learned is not None and not self.in_pass and not torch.is_grad_enabled() and not self.contents.changed:
+        if self.learned is not None and not self.busy and not torch.is_grad_enabled() and not self.contents.changed:
+            self.end_pass(self._ends_by_itself)
             self._on_begin(self)
             if self._stale_plan or self.contents.resized:
                 self._give_back()
@@ -226,14 +258,22 @@ class Network:
         """Leave, take every hook off, unpin."""
         self.leave()
         self.hooks.remove()
-        self.contents.unpin()
+        self.contents.release()
 
     # -- what the hooks tell -------------------------------------------------------------------------------------------
     def acquire(self, unit: Unit, module: nn.Module) -> None:
         """A unit's anchor is about to run."""
+        opener = self._opener() if self._opener is not None else None
+        if opener is not None and self._streaming is not None and not self._streaming.anything_in_use:
+            if opener is module:
+                self.end_pass(self._ends_by_itself)  # an unannounced pass starts over where it started
+            elif not unit.resident and not self._opener_streams:
+                self._opener = weakref.ref(module)  # that one will have no hooks when it fires again
+                self._opener_streams = True
         if not self.in_pass:
             self.begin_pass()  # nobody announced it; it lasts until the network is left or announced
             self._opener = weakref.ref(module)
+            self._opener_streams = not unit.resident
         if self._streaming is not None:
             with self.judged(False):
                 self._streaming.acquire(unit)
@@ -248,16 +288,19 @@ class Network:
         """Any module is about to run in a pass that moves regions."""
         opener = self._opener() if self._opener is not None else None
         if opener is module and not self._firing:
-            self.end_pass()  # an unannounced pass starts over where it started
+            self.end_pass(self._ends_by_itself)  # an unannounced pass starts over where it started
         if not self.in_pass:
             self.begin_pass()
             self._opener = weakref.ref(module)
+            self._opener_streams = False
         self._firing += 1
         self.running(module)
 
-    def observed(self) -> None:
+    def observed(self, module: nn.Module) -> None:
         """It has run."""
         self._firing = max(0, self._firing - 1)
+        if self._regions is not None:
+            self._regions.after(module)
 
     def running(self, module: nn.Module) -> None:
         """`module` runs now: in a pass that moves regions, its region is needed."""

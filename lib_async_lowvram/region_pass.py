@@ -32,12 +32,13 @@ class Observed:
 
     Attributes:
         firings: (id of module, seconds from its start to the start of the next firing, moves not counted).
-        fired: ids of modules that fired.
+        fired: ids of modules that fired. inside: id of a module -> ids of those that fired while it ran.
         bandwidth: of the moves to the device, bytes per second; 0.0 when nothing was moved.
     """
 
     firings: tuple[tuple[int, float], ...]
     fired: frozenset[int]
+    inside: dict[int, frozenset[int]]
     bandwidth: float
 
 
@@ -54,6 +55,15 @@ class RegionPass:
         self._marks: list[tuple[int | None, Event]] = []  # (id of module, or None for the end of a move; when)
         self._fired: dict[int, weakref.ref[nn.Module]] = {}
         self._copies: list[tuple[int, Event, Event]] = []  # (bytes, start, end) of each onload
+        self._running: list[int] = []  # ids of the observed modules running now, outermost first
+        self._inside: dict[int, set[int]] = {}
+        self._always: list[Unit] = []
+        self._root_loose: LooseTensors | None = None
+        self._consumer = self._streams.current_stream()
+
+    def start(self) -> None:
+        """Bring what is outside all regions. May raise torch's out-of-memory error; `close` cleans up."""
+        network = self._network
         with network.judged(False):
             self._always = network.contents.units_of(None)
             self._load(self._always)
@@ -63,12 +73,22 @@ class RegionPass:
     # -- what the hooks tell -------------------------------------------------------------------------------------------
     def before(self, module: nn.Module) -> None:
         """A module is about to run: hold its region."""
+        self._consumer = self._streams.current_stream()
         region = self._network.contents.region_of(module)
         if region is not None and region != self._held:
             self._hold(region)
         if self._observe:
-            self._fired.setdefault(id(module), weakref.ref(module))
-            self._mark(id(module))
+            key = id(module)
+            self._fired.setdefault(key, weakref.ref(module))
+            for outer in self._running:
+                self._inside.setdefault(outer, set()).add(key)
+            self._running.append(key)
+            self._mark(key)
+
+    def after(self, module: nn.Module) -> None:
+        """It has run, and with it whatever an exception left running inside."""
+        if id(module) in self._running:
+            del self._running[self._running.index(id(module)) :]
 
     def _mark(self, what: int | None) -> None:
         if self._observe:
@@ -120,7 +140,13 @@ class RegionPass:
     def _unload(self, unit: Unit) -> None:
         streams = self._streams
         memory = unit.memory
-        consumed = streams.record(streams.current_stream())
+        consumed = streams.record(self._consumer)  # not the calling thread's: another one may close the pass
+        if unit.state is UnitState.ONLOADING:  # an error came between its copy and its publication
+            streams.synchronize(streams.record(streams.onload_stream))
+            unit.to(UnitState.HOST)
+            unit.unbind()
+            streams.free(memory, (consumed,))
+            return
         change = unit.device_change()
         if change is Change.LAYOUT:
             unit.to(UnitState.WRITE_BACK)
@@ -144,7 +170,8 @@ class RegionPass:
         self._mark(None)
         with self._network.judged(False):
             self._let_go(all_of_them=True)
-            self._root_loose.leave()
+            if self._root_loose is not None:
+                self._root_loose.leave()
         if not self._observe:
             return None
         marks, streams = self._marks, self._streams
@@ -155,7 +182,8 @@ class RegionPass:
             if what is not None:
                 firings.append((what, max(0.0, streams.elapsed(when, then))))
         fired = frozenset(number for number, ref in self._fired.items() if ref() is not None)
-        return Observed(tuple(firings), fired, self._bandwidth())
+        inside = {outer: frozenset(inner) for outer, inner in self._inside.items()}
+        return Observed(tuple(firings), fired, inside, self._bandwidth())
 
     def _bandwidth(self) -> float:
         """From the largest copies, which make up half of the bytes: in small ones the latency drowns the rate."""

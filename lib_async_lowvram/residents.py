@@ -97,9 +97,11 @@ class Residents:
 
     def sweep(self) -> None:
         """Look for changes in those that are published, and write them back."""
-        consumer = self._network.context.streams.current_stream()
+        streams = self._network.context.streams
+        consumer = streams.current_stream()
         for unit in self._arrived:
             if unit.state is UnitState.WRITE_BACK:
+                streams.wait(consumer, unit.written)  # it may be changed again, under the write-back
                 unit.to(UnitState.READY)
             if unit.state is not UnitState.READY:
                 continue

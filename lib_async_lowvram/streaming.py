@@ -24,7 +24,7 @@ from lib_async_lowvram.core.ring import Ring
 from lib_async_lowvram.core.states import UnitState
 from lib_async_lowvram.device.arena import Arena
 from lib_async_lowvram.device.loose import LooseTensors
-from lib_async_lowvram.device.streams import Stream
+from lib_async_lowvram.device.streams import Event, Stream
 from lib_async_lowvram.device.weights import Change, Unit
 from lib_async_lowvram.leaf_clock import LeafClock
 from lib_async_lowvram.residents import Residents
@@ -51,14 +51,29 @@ class Streaming:
         self._in_use: dict[int, Unit] = {}
         self._started: dict[int, float] = {}  # for the trace only
         self._spare: dict[int, object] = {}  # units that outgrew their slot: their own block until released
+        self._written_back: Event | None = None  # the newest of this pass
+        self._timed = False  # whether a complete pass was timed since the network was entered
+        self._consumer = self._streams.current_stream()  # of the last acquire or publication
+        self._transfers = Transfers(network.context, network.counters)
+        self._loose: LooseTensors | None = None
         try:
             self._loose = LooseTensors(self._streams, self._contents.modules(), self._contents.unmanaged)
+            self._contents.guard_loose(self._loose, True)
+            self._residents = Residents(network, self.arena, self._transfers)
         except BaseException:
+            if self._loose is not None:
+                self._leave_loose()
             self.arena.close(())
             raise
-        self._timed = False  # whether a complete pass was timed since the network was entered
-        self._transfers = Transfers(network.context, network.counters)
-        self._residents = Residents(network, self.arena, self._transfers)
+
+    def _leave_loose(self) -> None:
+        self._contents.guard_loose(self._loose, False)
+        self._loose.leave()
+
+    @property
+    def anything_in_use(self) -> bool:
+        """Whether a streamed unit is between its acquire and its release."""
+        return bool(self._in_use)
 
     # -- acquire -------------------------------------------------------------------------------------------------------
     def acquire(self, unit: Unit) -> None:
@@ -82,14 +97,14 @@ class Streaming:
         stale = self._check_master(unit)
         if unit.state is UnitState.HOST or unit.state is UnitState.WRITE_BACK:
             counters.misses += 1
-            self._make_room(unit)
-            self._onload(unit)
+            self._onload(unit, in_ring=self._make_room(unit))
         elif stale:
             counters.refetches += 1
             self._transfers.onload(unit, behind=self._streams.current_stream())  # a copy that was kept may be in use yet
         else:
             counters.hits += 1
         self._transfers.wait_and_publish(unit)
+        self._consumer = self._streams.current_stream()
         unit.to(UnitState.IN_USE)
         unit.depth = 1
         self._in_use[unit.index] = unit
@@ -146,6 +161,7 @@ class Streaming:
             return
         if change is Change.VALUES:
             self._transfers.write_back(unit, consumer)
+            self._written_back = unit.written
         unit.unpublish()
         unit.dirty = False
         if unit.pending:
@@ -164,6 +180,10 @@ class Streaming:
             unit.to(UnitState.HOST)
         else:
             fence, key = streams.record(consumer), consumer
+            if unit.written is not None:
+                # Kept after a change: the write-back that still reads the slot must be over as well.
+                streams.wait(streams.offload_stream, fence)
+                fence, key = streams.record(streams.offload_stream), "write-back"
             if unit.state is not UnitState.HOST:
                 if unit.state is UnitState.IN_USE:
                     unit.to(UnitState.READY)
@@ -208,16 +228,17 @@ class Streaming:
             self._vacate(other, self._streams.current_stream())
         return True
 
-    def _make_room(self, unit: Unit) -> None:
-        """Free `unit`'s place at once, dropping prefetched copies if need be."""
-        if unit.nbytes > self._ring.nbytes[unit.index]:
-            return
-        for other in self._ring.blockers(unit.index):
-            blocker = self._units[other]
-            if blocker.depth:
-                raise RuntimeError(f"{unit.name} needs the place of {blocker.name}, which is in use")
+    def _make_room(self, unit: Unit) -> bool:
+        """Free `unit`'s place at once, dropping prefetched copies if need be. False when it must have a block of its own:
+        it outgrew its slot, or a unit in use calls it, which the learning pass did not see."""
+        blockers = [self._units[other] for other in self._ring.blockers(unit.index)]
+        if unit.nbytes > self._ring.nbytes[unit.index] or any(blocker.depth for blocker in blockers):
+            return False
+        for blocker in blockers:
             self._vacate(blocker, self._streams.current_stream())
+        if blockers:
             self.resynchronise()
+        return True
 
     def resynchronise(self) -> None:
         """The order jumped: what is on the device stays, but nothing counts as issued any more."""
@@ -225,12 +246,12 @@ class Streaming:
         for index in self._ring.live:
             self._units[index].pending = 0
 
-    def _onload(self, unit: Unit) -> None:
-        """Take `unit`'s place, free by now, and enqueue its copy."""
+    def _onload(self, unit: Unit, in_ring: bool = True) -> None:
+        """Take `unit`'s place, free by now, or a block of its own, and enqueue its copy."""
         if unit.state is UnitState.WRITE_BACK:
             unit.to(UnitState.HOST)  # for the copy stream, which waits below; the host has not waited
         streams, ring = self._streams, self._ring
-        if unit.nbytes > ring.nbytes[unit.index]:
+        if not in_ring:
             memory = self._spare[unit.index] = streams.allocate(unit.nbytes)
         else:
             for fence in ring.occupy(unit.index):
@@ -247,6 +268,7 @@ class Streaming:
 
     def begin_pass(self) -> None:
         """The order's position goes back to the start; what is issued already stays issued when it wrapped round."""
+        self._join()
         self.finish_leftovers()
         self._residents.sweep()
         at_end = self._order.position == len(self._order) - 1
@@ -259,8 +281,16 @@ class Streaming:
             self._transfers.clock.start()
         self.issue_ahead()
 
+    def _join(self) -> None:
+        """Another stream than last time's computes now (another thread, another request): it goes on behind that one."""
+        streams, before = self._streams, self._consumer
+        self._consumer = streams.current_stream()
+        if self._consumer != before:
+            streams.wait(self._consumer, streams.record(before))
+
     def end_pass(self, complete: bool) -> None:
-        """The pass's last work has been enqueued."""
+        """The pass's last work has been enqueued. Waits on the host for streamed units written back in it: others may read
+        their masters before the next pass. A steady pass has none."""
         self.finish_leftovers()
         clock, self._transfers.clock = self._transfers.clock, None
         if clock is not None and complete:
@@ -269,10 +299,14 @@ class Streaming:
             self._timed = True
         self._residents.all_arrived()
         self._residents.sweep()
+        newest, self._written_back = self._written_back, None
+        if newest is not None:
+            self._streams.synchronize(newest)
 
     def close(self) -> None:
         """Masters true and published, nothing in flight, memory given back. Blocks the host."""
         streams = self._streams
+        self._join()
         self.finish_leftovers()
         self._residents.sweep()
         for fence in self._ring.fences():
@@ -291,7 +325,7 @@ class Streaming:
             unit.unbind()
             unit.pending = unit.depth = 0
             unit.copied = unit.written = None
-        self._loose.leave()
+        self._leave_loose()
         for block in self._spare.values():
             streams.free(block, (consumed, *settled))
         self._spare.clear()

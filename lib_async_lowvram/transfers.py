@@ -53,6 +53,8 @@ class Transfers:
             start = time.perf_counter()
             streams.wait(consumer, unit.copied)
             trace.add("stall", unit.name, start, time.perf_counter())
+        if unit.written is not None:
+            streams.wait(consumer, unit.written)  # changed before and kept: it may be changed again, under that write-back
         if clock is not None:
             clock.after_wait(unit.index)
         if unit.state is UnitState.ONLOADING:

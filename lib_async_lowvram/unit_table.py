@@ -11,7 +11,7 @@ A rebuild keeps every unit it can: packing copies weights. Called under the move
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -74,11 +74,13 @@ class UnitTable:
         self._number(tree)
         return dropped
 
-    def join_silent(self, tree: Tree, fired: frozenset[int], never_anchor: Iterable[nn.Module]) -> tuple[list[Unit], set[int]]:
+    def join_silent(
+        self, tree: Tree, fired: frozenset[int], inside: Mapping[int, frozenset[int]], never_anchor: Iterable[nn.Module]
+    ) -> set[int]:
         """After a learning pass: give every unit an anchor that fires, or make it resident.
 
-        Returns (units that were replaced, indices of units announced by a firing anchor). `never_anchor`: modules whose
-        call is the whole pass; a unit anchored there is resident.
+        Returns the indices of units announced by a firing anchor. `inside`: id of a module -> ids of those that fired while
+        it ran. `never_anchor`: modules whose call is the whole pass; a unit anchored there is resident.
         """
         outer = {id(module) for module in never_anchor}
         modules = {id(module): module for module in tree.modules}
@@ -91,22 +93,24 @@ class UnitTable:
                 unit.must_reside = True
             else:
                 joined.setdefault(anchor, []).append(unit)
-        dropped: list[Unit] = []
         for anchor, units in joined.items():
             module = modules[anchor]
             unit = units[0]
             if len(units) > 1:
                 # One pack for all that this module reads itself.
                 unit = Unit(0, tree.names[anchor], [ref() for each in units for ref in each.members], self._host)
-                dropped.extend(units)
                 self.units = [each for each in self.units if each not in units] + [unit]
             unit.anchor = weakref.ref(module)
         anchors = {id(unit.anchor()) for unit in self.units if unit.anchor is not None}
         for unit in self.units:
-            if unit.anchor is not None and self._has_firing_inside(unit.anchor(), anchors, unit):
+            if unit.anchor is None:
+                continue
+            anchor = unit.anchor()
+            contained = {id(module) for module in anchor.modules()} | inside.get(id(anchor), frozenset())
+            if (contained - {id(anchor)}) & anchors:
                 unit.must_reside = True
         self._number(tree)
-        return dropped, {unit.index for unit in self.units if unit.anchor is not None}
+        return {unit.index for unit in self.units if unit.anchor is not None}
 
     def _anchor(self, unit: Unit, tree: Tree, fired: frozenset[int], outer: set[int]) -> int | None:
         """Identity of the module whose call announces `unit`."""
@@ -118,10 +122,6 @@ class UnitTable:
                 return None
             key = tree.parents.get(key)
         return key
-
-    @staticmethod
-    def _has_firing_inside(anchor: nn.Module, anchors: set[int], unit: Unit) -> bool:
-        return any(id(module) in anchors for module in anchor.modules() if module is not anchor)
 
     def _number(self, tree: Tree) -> None:
         place = {id(module): number for number, module in enumerate(tree.modules)}

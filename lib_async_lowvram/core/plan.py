@@ -13,11 +13,15 @@ Pure; bytes and seconds; no torch. Caller: `network` after a learning pass and w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from lib_async_lowvram.core.pipeline import Prediction, Workload, simulate
 from lib_async_lowvram.core.ring import assign_offsets
+
+Policy = Callable[[Workload, list[int], int], Iterator[int]]
+"""(workload, units that may stream, bytes for residents) -> units in the order in which they deserve to be resident."""
 
 GRAIN = 512
 """Bytes. Units are padded to a multiple of it and so are rings, so that every place in a ring is aligned (device.streams)."""
@@ -77,20 +81,30 @@ def make_plan(workload: Workload, budget_bytes: int, *, lookahead_bytes: int = 0
     order = [unit for unit, _ in workload.steps if unit not in must]
     best: Plan | None = None
     tried: set[tuple[frozenset[int], int]] = set()
-    for ring_bytes in _ring_sizes(workload, free, room, lookahead_bytes):
-        for choose in _POLICIES:
-            resident = must | _within(choose(workload, free, room - ring_bytes), workload, room - ring_bytes, small_unit_bytes)
-            streamed = [unit for unit in order if unit not in resident]
-            largest = max((nbytes[unit] for unit in nbytes if unit not in resident), default=0)
-            if 2 * largest > ring_bytes or (resident, ring_bytes) in tried:
-                continue
-            tried.add((resident, ring_bytes))
-            # Units that do not fire in the learned order (conditional ones) need a place as well.
-            silent = [unit for unit in free if unit not in resident and unit not in streamed]
-            offsets = assign_offsets(streamed + silent, nbytes, ring_bytes)
-            prediction = simulate(workload, resident, offsets)
-            if best is None or prediction.seconds < best.prediction.seconds:
-                best = Plan(resident, ring_bytes, offsets, budget_bytes, prediction, limit, ())
+
+    def attempt(choose: Policy, ring_bytes: int) -> float:
+        """Predicted seconds; keeps the plan if it is the best so far."""
+        nonlocal best
+        resident = must | _within(choose(workload, free, room - ring_bytes), workload, room - ring_bytes, small_unit_bytes)
+        largest = max((nbytes[unit] for unit in nbytes if unit not in resident), default=0)
+        if 2 * largest > ring_bytes or (resident, ring_bytes) in tried:
+            return math.inf
+        tried.add((resident, ring_bytes))
+        streamed = [unit for unit in order if unit not in resident]
+        # Units that do not fire in the learned order (conditional ones) need a place as well.
+        silent = [unit for unit in free if unit not in resident and unit not in first]
+        offsets = assign_offsets(streamed + silent, nbytes, ring_bytes)
+        prediction = simulate(workload, resident, offsets)
+        if best is None or prediction.seconds < best.prediction.seconds:
+            best = Plan(resident, ring_bytes, offsets, budget_bytes, prediction, limit, ())
+        return prediction.seconds
+
+    first = set(order)
+    smallest, *larger = _ring_sizes(workload, free, room, lookahead_bytes)
+    ranked = sorted((attempt(choose, smallest), number) for number, choose in enumerate(_POLICIES))
+    for ring_bytes in larger:
+        for _, number in ranked[:2]:
+            attempt(_POLICIES[number], ring_bytes)
     assert best is not None  # the first ring size is two of the largest unit of all, which every policy fits
     if lookahead_bytes and abs(best.ring_bytes - lookahead_bytes) >= 1 << 20:
         notes.append(
@@ -179,7 +193,7 @@ def _keeps_pace(workload: Workload, free: list[int], room: int) -> Iterator[int]
             yield unit
 
 
-_POLICIES: tuple[Callable[[Workload, list[int], int], Iterator[int]], ...] = (
+_POLICIES: tuple[Policy, ...] = (
     _least_compute_per_byte,
     _largest,
     _even,

@@ -26,7 +26,7 @@ class Arena:
                 self._slab = streams.allocate(ring_bytes)
             for unit, nbytes in resident_bytes.items():
                 self._blocks[unit] = streams.allocate(nbytes)
-        except torch.cuda.OutOfMemoryError:
+        except BaseException:
             self.close(())
             raise
 

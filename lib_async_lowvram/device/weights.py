@@ -9,9 +9,11 @@ the master; inside, at views of device memory that holds the same bytes. Whoever
 Parameter, wherever that points: in place (its `_version` grows, assigning `.data` does not touch it), or by putting another
 tensor or another Parameter there (pointer, dtype, shape or number differ). `host_change` and `device_change` look for exactly
 that, at every acquire and release, by enumerating what the modules hold *now* - LoRA adds and removes biases. Views of one
-slab share a version counter, so only a Parameter's `_version` is ever trusted.
+slab share a version counter, so only a Parameter's `_version` is ever trusted. On the host, change weights only after
+`AsyncModelMover.drain`, or accept that a pass already issued, whose copies may still be queued behind the computing, can see
+the change; that is no concern for changes made inside a forward.
 
-Modules are held weakly, parameters not at all (I7). Layout: every tensor starts at a multiple of `ALIGNMENT` in the master
+Modules and parameters are held weakly (I7). Layout: every tensor starts at a multiple of `ALIGNMENT` in the master
 and on the device alike; strides are kept; tensors that are the same view of the same storage are packed once.
 """
 
@@ -37,12 +39,15 @@ class Change(Enum):
     LAYOUT = 2  # other tensors, dtypes, shapes, or another number of them
 
 
-def packable(tensor: torch.Tensor) -> bool:
+def packable(tensor: torch.Tensor, *, inference: bool = False) -> bool:
     """Whether a tensor can travel as bytes: plain, strided, dense, with memory of its own.
 
     Subclasses, sparse, quantised, expanded or overlapping tensors cannot, nor meta tensors; those move as stock moves them.
+    Nor those born in inference mode, unless `inference`: they have no version, and their data cannot be assigned.
     """
     if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return False
+    if tensor.is_inference() and not inference:
         return False
     if tensor.is_quantized or tensor.device.type == "meta" or tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg():
         return False
@@ -70,10 +75,11 @@ def view_bytes(memory: torch.Tensor, offset: int, like: Entry) -> torch.Tensor:
 class Entry:
     """One parameter of one member: its place in the pack and what it is expected to look like."""
 
-    __slots__ = ("device", "device_ptr", "dtype", "master", "master_ptr", "name", "nbytes", "offset", "shape", "stride", "version")
+    __slots__ = ("device", "device_ptr", "dtype", "master", "master_ptr", "name", "nbytes", "offset", "seen", "shape", "stride", "version")
 
     def __init__(self, name: str, parameter: torch.Tensor, offset: int) -> None:
         self.name = name
+        self.seen = weakref.ref(parameter)  # to tell another Parameter over the same bytes; keeps nothing alive
         self.offset = offset
         self.nbytes = parameter.numel() * parameter.element_size()
         self.dtype = parameter.dtype
@@ -245,6 +251,7 @@ class Unit:
                 parameter = held.get(entry.name)
                 if (
                     parameter is None
+                    or entry.seen() is not parameter
                     or parameter.data_ptr() != (entry.device_ptr if on_device else entry.master_ptr)
                     or parameter.dtype is not entry.dtype
                     or parameter.shape != entry.shape

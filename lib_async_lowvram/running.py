@@ -1,0 +1,21 @@
+"""Whether a thread is inside a call of a module right now.
+
+Problem: post hooks do not run for a BaseException (the WebUI's interrupt), so a pass that was interrupted stays open, and a
+drain asked for by another thread would be put off for ever. The thread's own stack knows better.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+
+def is_running(thread: int | None, module: nn.Module) -> bool:
+    """Whether a frame of `thread` (by `threading.get_ident`) has `module` as its `self`: its call, or its forward."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
