@@ -50,7 +50,7 @@ class _Moved:
 
     def __init__(self, streams: Streams, original: torch.Tensor, places: list[_Place]) -> None:
         self.original, self.places = original, places
-        self.host = original.data
+        self.host = original.detach() if original.is_inference() else original.data  # the latter raises for those
         self.block: torch.Tensor | None = None
         if packable(self.host, inference=True):
             source = as_bytes(self.host)
@@ -166,4 +166,4 @@ def _needs_host_copy(tensor: torch.Tensor, moved: _Moved) -> bool:
 
 
 def _to_host(tensor: torch.Tensor, moved: _Moved) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True) if _needs_host_copy(tensor, moved) else tensor.data
+    return tensor.detach().to("cpu", copy=True) if _needs_host_copy(tensor, moved) else tensor.detach()
