@@ -1,0 +1,122 @@
+"""The settings section "Async LowVRAM": what the user sees, and reading it back from values nobody has checked.
+
+Problem: values posted to the options API are not validated (a slider may hold "abc"), `override_settings` skips every
+change callback, and the first model loads before our options are registered. So options are read where they are used, at
+the start of each pass, with their default where they are missing; what is unusable is clamped and told once.
+Called at UI build (`register`) and at pass starts on the thread that computes (`SettingsReader`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lib_async_lowvram.config import OffloadConfig
+from lib_async_lowvram.log import logger
+
+SECTION = ("async_lowvram", "Async LowVRAM")
+CATEGORY = "sd"
+ENABLED = "async_lowvram_enabled"
+PREFIX = "async_lowvram_"
+SIZES = ("lookahead_mb", "budget_mb", "pinned_mb")
+CHECK_PLACEMENT_VARIABLE = "ASYNC_LOWVRAM_CHECK_PLACEMENT"
+
+_REMEMBERED_MESSAGES = 64
+
+# key -> (label, component, component arguments, default, what the user should know)
+_OPTIONS: dict[str, tuple[str, str, dict[str, Any], Any, str]] = {
+    ENABLED: (
+        "Move weights while the GPU computes",
+        "Checkbox",
+        {},
+        True,
+        "speeds up --lowvram with the same pictures; off gives the WebUI's own behaviour back; applies to the next job, no restart",
+    ),
+    PREFIX + "lookahead_mb": (
+        "Lookahead buffer (MB)",
+        "Slider",
+        {"minimum": 0, "maximum": 4096, "step": 16},
+        0,
+        "how many megabytes of weights may be on their way to the GPU ahead of their use; 0 = automatic; more smooths slow transfers, "
+        "but is taken from the VRAM budget; applies to the next step",
+    ),
+    PREFIX + "budget_mb": (
+        "VRAM budget for weights (MB)",
+        "Slider",
+        {"minimum": 0, "maximum": 24576, "step": 64},
+        0,
+        "how much VRAM weights may take; 0 = automatic: from free memory, less the most the pictures themselves were seen to need, less a "
+        "reserve; more is faster, lower it if you run out of memory; applies to the next step",
+    ),
+    PREFIX + "pinned_mb": (
+        "Pinned memory limit (MB)",
+        "Slider",
+        {"minimum": 0, "maximum": 65536, "step": 256},
+        0,
+        "how much main memory may be locked for fast transfers; 0 = automatic: 60% of RAM, 40% on Windows; lower it if other programs run "
+        "short of memory; weights beyond it travel more slowly",
+    ),
+}
+
+
+def register() -> None:
+    """Add our options; from the host's `on_ui_settings` callback."""
+    shared = importlib.import_module("modules.shared")
+    gradio = importlib.import_module("gradio")
+    for key, (label, component, arguments, default, info) in _OPTIONS.items():
+        option = shared.OptionInfo(default, label, getattr(gradio, component), dict(arguments), section=SECTION).info(info)
+        # As an attribute: hosts that do not know categories ignore it, and a keyword would be an error there.
+        option.category_id = CATEGORY
+        shared.opts.add_option(key, option)
+
+
+def host_values() -> Mapping[str, Any]:
+    """All option values of the host, ours perhaps not among them yet."""
+    return importlib.import_module("modules.shared").opts.data
+
+
+class SettingsReader:
+    """Reads our options from unchecked values. `values`: returns the host's option values."""
+
+    def __init__(self, values: Callable[[], Mapping[str, Any]] = host_values, environment: Mapping[str, str] = os.environ) -> None:
+        self._values = values
+        self._check_placement = environment.get(CHECK_PLACEMENT_VARIABLE, "") == "1"
+        self._told: dict[str, None] = {}
+        self._raw: tuple[Any, ...] | None = None
+        self._config = OffloadConfig()
+
+    def enabled(self) -> bool:
+        """Whether the user wants the mover. Anything that is neither yes nor no means the default."""
+        default = _OPTIONS[ENABLED][3]
+        raw = self._values().get(ENABLED, default)
+        if isinstance(raw, (bool, int, float)) and raw in (0, 1):
+            return bool(raw)
+        self._tell(f"setting {ENABLED}: {str(raw)[:40]!r} is neither yes nor no, taken as {'yes' if default else 'no'}")
+        return default
+
+    def config(self) -> OffloadConfig:
+        """The sizes the user wants, clamped. Cheap when nothing has changed: three look-ups and a comparison."""
+        values = self._values()
+        raw = tuple(values.get(PREFIX + key, 0) for key in SIZES)
+        if self._raw is None or not _same(raw, self._raw):
+            self._raw = raw
+            self._config, messages = OffloadConfig.parse(dict(zip(SIZES, raw, strict=True)), check_placement=self._check_placement)
+            for message in messages:
+                self._tell(f"setting {PREFIX}{message}")
+        return self._config
+
+    def _tell(self, message: str) -> None:
+        """Log once per distinct message; forgets the oldest so that a flood of odd values cannot grow us."""
+        if message in self._told:
+            return
+        if len(self._told) >= _REMEMBERED_MESSAGES:
+            self._told.pop(next(iter(self._told)))
+        self._told[message] = None
+        logger.warning(message)
+
+
+def _same(new: tuple[Any, ...], old: tuple[Any, ...]) -> bool:
+    """Equal in value and type: True == 1, yet they are not the same setting."""
+    return new == old and [type(value) for value in new] == [type(value) for value in old]

@@ -1,0 +1,92 @@
+"""Where the WebUI finds the extension: registers callbacks, and nothing else.
+
+The WebUI runs this file at start, again at every Reload UI, and its sources alone at "Reload custom script bodies". The
+extension's folder is on `sys.path` only while it does so, hence the imports at the top; the library stays in `sys.modules`.
+Nothing may be raised from here: whatever goes wrong is one line, a traceback through the host, and stock behaviour.
+"""
+
+from modules import errors, script_callbacks, scripts
+
+LINE = "[Async LowVRAM]"
+
+integration = None
+reason = ""
+register_settings = None
+add_status_route = None
+
+try:
+    from lib_async_lowvram import __version__
+    from lib_async_lowvram.log import logger, to_console
+    from lib_async_lowvram.webui.host import StandDown, detect
+
+    to_console()
+    host = detect()
+    if isinstance(host, StandDown):
+        reason = host.reason
+        logger.info("%s: standing down: %s", __version__, reason)
+    else:
+        from lib_async_lowvram.webui.lowvram import Integration
+
+        integration = Integration.start(host)
+        logger.info("%s: %s", __version__, integration.describe())
+except Exception as error:
+    integration = None
+    reason = f"the extension failed to start ({type(error).__name__})"
+    print(f"{LINE} standing down: {reason}; stock --lowvram is untouched")
+    errors.report(f"{LINE} failed to start", exc_info=True)
+
+try:
+    from lib_async_lowvram.webui.settings import register as register_settings
+    from lib_async_lowvram.webui.status import add_route as add_status_route
+except Exception:
+    errors.report(f"{LINE} has no settings and no status", exc_info=True)
+
+
+def read_status():
+    """What GET /async-lowvram/status tells."""
+    if integration is None:
+        return {"state": "standing_down", "reason": reason}
+    return integration.status()
+
+
+def prepare():
+    """The UNet's first weights set out before sampling starts."""
+    if integration is not None:
+        integration.prepare()
+
+
+def on_script_unloaded():
+    """The UI is about to be loaded again, perhaps without us."""
+    if integration is not None:
+        integration.close()
+
+
+def on_app_started(demo, app):
+    """`demo` is None under --nowebui; the route needs only the app."""
+    add_status_route(app, read_status)
+
+
+if register_settings is not None:
+    script_callbacks.on_ui_settings(register_settings)
+if add_status_route is not None:
+    script_callbacks.on_app_started(on_app_started)
+script_callbacks.on_script_unloaded(on_script_unloaded)
+
+if not hasattr(scripts.Script, "process_before_every_sampling"):
+    # WebUI before 1.9 tells nobody that sampling starts; its first step is the next best moment.
+    script_callbacks.on_cfg_denoiser(lambda params: prepare())
+
+
+class AsyncLowVRAMScript(scripts.Script):
+    """Always on and without controls; here for the moment before sampling."""
+
+    create_group = False
+
+    def title(self):
+        return "Async LowVRAM"
+
+    def show(self, is_img2img):
+        return scripts.AlwaysVisible
+
+    def process_before_every_sampling(self, p, *args, **kwargs):
+        prepare()
