@@ -167,6 +167,8 @@ class Network:
                     self.learned = self.learned.reordered(self.order.sequence, self.plan.resident)
                     self._streaming.resynchronise()
             self._clock.end(complete)
+            with self.judged(False):
+                self._streaming.settle()
         self._on_end()
 
     def _learn(self, observed: Observed) -> None:

@@ -12,7 +12,10 @@ from lib_async_lowvram import __version__
 from lib_async_lowvram.context import Context
 from lib_async_lowvram.network import Network
 
-_SUMS = ("passes", "learning_passes", "hits", "misses", "refetches", "write_backs", "adopted", "skipped", "host_waits", "streamed_bytes")
+_SUMS = (
+    *("passes", "learning_passes", "hits", "misses", "refetches", "write_backs", "adopted", "skipped"),
+    *("host_waits", "write_back_waits", "streamed_bytes"),
+)
 
 
 def describe(context: Context, networks: Mapping[str, Network], current: Network | None, demoted: str, last_error: str) -> dict[str, Any]:

@@ -289,8 +289,7 @@ class Streaming:
             streams.wait(self._consumer, streams.record(before))
 
     def end_pass(self, complete: bool) -> None:
-        """The pass's last work has been enqueued. Waits on the host for streamed units written back in it: others may read
-        their masters before the next pass. A steady pass has none."""
+        """The pass's last work has been enqueued."""
         self.finish_leftovers()
         clock, self._transfers.clock = self._transfers.clock, None
         if clock is not None and complete:
@@ -299,8 +298,13 @@ class Streaming:
             self._timed = True
         self._residents.all_arrived()
         self._residents.sweep()
+
+    def settle(self) -> None:
+        """Wait on the host for streamed units that were written back in this pass: others may read their masters before the
+        next one (I5). A steady pass has none, and I3 is about those; counted apart."""
         newest, self._written_back = self._written_back, None
         if newest is not None:
+            self._counters.write_back_waits += 1
             self._streams.synchronize(newest)
 
     def close(self) -> None:

@@ -20,7 +20,8 @@ class Counters:
         refetches: onloads repeated because the master changed after the prefetch; write_backs: changed units copied to
             their masters; adopted: units whose parameters were replaced by somebody and packed anew.
         skipped: firings out of the learned order; relearned: times the order was replaced.
-        host_waits: host waits during streamed passes (I3: 0 with pinned masters).
+        host_waits: host waits during streamed passes (I3: 0 with pinned masters). write_back_waits: passes at whose end the
+            host waited for what had been changed and written back in them; not among the former.
         streamed_bytes_last_pass, stall_seconds_last_pass: of the last complete streamed pass.
     """
 
@@ -34,6 +35,7 @@ class Counters:
     skipped: int = 0
     relearned: int = 0
     host_waits: int = 0
+    write_back_waits: int = 0
     streamed_bytes: int = 0
     streamed_bytes_last_pass: int = 0
     stall_seconds: float = 0.0
