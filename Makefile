@@ -1,0 +1,39 @@
+# Everything sets itself up in .venv: a fresh machine needs git, make and Python >= 3.10 with venv.
+#   make demo    an SD1.5-shaped UNet under stock and under asynchronous moving: table, timeline, trace in demo/
+#   make test    lint and tests
+#   make lint    ruff only
+#   make clean   remove .venv, caches and demo/
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+DEMO_READY := $(VENV)/.demo-ready
+TEST_READY := $(VENV)/.test-ready
+
+.PHONY: demo test lint clean
+
+demo: $(DEMO_READY)
+	$(BIN)/python -m lib_async_lowvram demo --out demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(TEST_READY)
+	$(BIN)/python -m ruff check .
+
+# The stamps are renewed when pyproject.toml or this file changes; otherwise a second run starts at once.
+$(DEMO_READY): pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3.10 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "$(TORCH)"
+	$(PIP) install --quiet --editable ".[demo]"
+	touch $@
+
+$(TEST_READY): $(DEMO_READY)
+	$(PIP) install --quiet --editable ".[demo,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-py310 demo build *.egg-info .pytest_cache .ruff_cache .hypothesis

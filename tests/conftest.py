@@ -1,0 +1,31 @@
+"""What every test runs under: derandomised Hypothesis, seeded torch, one compute thread, no GPU tests without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Derandomised: a red run can be repeated, and a green one stays green. No deadline: the machine may be busy.
+settings.register_profile(
+    "async-lowvram", derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("async-lowvram")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Sums taken by one thread do not depend on how many there are, and simulated copy engines keep a core to themselves.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+
+
+@pytest.fixture(autouse=True)
+def seeded_torch() -> None:
+    torch.manual_seed(0)
