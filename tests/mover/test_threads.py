@@ -1,0 +1,185 @@
+"""Passes, drains and preparations on other threads, each with a compute stream of its own: everything stays ordered."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from lib_async_lowvram import NetworkSpec, Region
+from tests.mover.chains import LEAF_BYTES, Chain, Leaf, X, attached, call, on_thread, pair, recorded, same, simulated
+
+BUDGETS = [1, 5 * LEAF_BYTES, 1 << 20]
+
+
+class Stop(BaseException):
+    """As the WebUI's interrupt: post hooks do not run for it."""
+
+
+@pytest.mark.parametrize("poison", [True, False])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_passes_on_several_threads(budget: int, poison: bool) -> None:
+    streams = recorded(poison=poison)
+    net, twin = pair()
+    mover = attached(net, streams, budget, passes=1)
+    for _ in range(3):
+        on_thread(lambda: same(net, twin, streams))
+        same(net, twin, streams)
+    on_thread(mover.drain)
+    streams.check()
+    mover.detach()
+
+
+@pytest.mark.parametrize("change", [False, True])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_drain_from_another_thread_between_passes(budget: int, change: bool) -> None:
+    streams = recorded()
+    net, twin = pair()
+    mover = attached(net, streams, budget)
+    if change:
+        for chain in (net, twin):
+            chain.leaves[1].inside = chain.leaves[5].inside = lambda leaf: leaf.weight.mul_(0.5)
+    same(net, twin, streams)
+    on_thread(mover.drain)
+    assert streams.allocated_bytes == 0
+    streams.check()
+    for mine, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    mover.detach()
+
+
+def test_prepare_on_another_thread() -> None:
+    def tied() -> Chain:
+        chain = Chain()
+        chain.leaves[1].weight = chain.leaves[0].weight  # a resident that nobody announces
+        return chain
+
+    streams = recorded()
+    net, twin = pair(tied)
+    mover = attached(net, streams)
+    mover.drain()
+    on_thread(lambda: torch.no_grad()(mover.prepare)("net"))
+    assert mover.current_network == "net"
+    same(net, twin, streams)
+    mover.drain()
+    streams.check()
+    mover.detach()
+
+
+def test_a_region_pass_closed_by_another_thread_waits_for_the_first_ones_uses() -> None:
+    streams = recorded()
+    net, _ = pair()
+    mover = attached(net, streams, passes=0)
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    handle = net.leaves[4].register_forward_pre_hook(stop)
+    with pytest.raises(Stop):
+        call(net, streams)
+    handle.remove()
+    on_thread(mover.drain)
+    assert streams.allocated_bytes == 0
+    streams.check()
+    mover.detach()
+
+
+@pytest.mark.parametrize("method", ["drain", "detach", "close"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_what_another_thread_asks_for_in_the_middle_of_a_pass_is_done_at_its_end(budget: int, method: str) -> None:
+    streams = recorded()
+    net, twin = pair()
+    mover = attached(net, streams, budget)
+    seen: list[tuple] = []
+
+    def inside(leaf: Leaf) -> None:
+        on_thread(getattr(mover, method))
+        seen.append((mover.current_network, streams.allocated_bytes > 0, streams.owns(leaf.weight.data_ptr())))
+
+    net.leaves[2].inside = inside
+    same(net, twin, streams)
+    assert seen == [("net", True, True)]
+    assert mover.current_network is None
+    assert mover.is_attached == (method == "drain")
+    assert streams.allocated_bytes == 0
+    streams.check()
+    mover.detach()
+
+
+def test_a_drain_asked_for_while_a_pass_waits_on_another_thread() -> None:
+    # The pass stands still inside a leaf on one thread until the other has asked.
+    streams = simulated()
+    net, twin = pair()
+    mover = attached(net, streams)
+    entered, asked = threading.Event(), threading.Event()
+
+    def inside(_: Leaf) -> None:
+        entered.set()
+        asked.wait()
+
+    net.leaves[3].inside = inside
+
+    def ask() -> None:
+        entered.wait()
+        mover.drain()
+        assert mover.in_pass
+        asked.set()
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    same(net, twin, streams)
+    asker.join()
+    assert not mover.in_pass
+    assert streams.allocated_bytes == 0
+    mover.detach()
+
+
+def test_drain_from_another_thread_after_an_open_ended_pass_is_done_at_once() -> None:
+    streams = simulated()
+    text, _ = pair()
+    mover = attached(NetworkSpec([Region(text)], text.leaves[0], open_ended=True), streams, run=text, passes=3)
+    on_thread(mover.drain)
+    assert streams.allocated_bytes == 0
+    mover.detach()
+
+
+@pytest.mark.parametrize("passes", [0, 2])
+def test_drain_from_another_thread_after_an_interrupt_is_done_at_once(passes: int) -> None:
+    streams = simulated()
+    net, twin = pair()
+    mover = attached(net, streams, passes=passes)
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    handle = net.leaves[2].register_forward_pre_hook(stop)
+    with pytest.raises(Stop):
+        call(net, streams)
+    handle.remove()
+    on_thread(mover.drain)
+    assert streams.allocated_bytes == 0
+    same(net, twin, streams)
+    mover.detach()
+
+
+def test_configure_and_status_from_another_thread_in_the_middle_of_a_pass() -> None:
+    streams = simulated()
+    net, twin = pair()
+    mover = attached(net, streams)
+    config = type(mover.config)(budget_bytes=1 << 20, small_leaf_bytes=0)
+    seen: list[int] = []
+
+    def inside(_: nn.Module) -> None:
+        on_thread(lambda: mover.configure(config))
+        seen.append(on_thread(mover.status)["ring_bytes"])
+
+    net.leaves[2].inside = inside
+    same(net, twin, streams)
+    assert seen == [2 * LEAF_BYTES]
+    assert mover.status()["ring_bytes"] == 2 * LEAF_BYTES
+    call(net, streams, X)
+    assert mover.status()["ring_bytes"] == 0
+    assert mover.status()["resident_bytes"] == 6 * LEAF_BYTES
+    mover.detach()

@@ -1,0 +1,170 @@
+"""Changes made in the middle of a forward: they reach the master once, before anybody reads it, and nothing is overwritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from tests.mover.chains import LEAF_BYTES, Chain, Leaf, ObligingStreams, attached, call, pair, recorded, same, simulated
+
+EVERYTHING = 1 << 20
+
+
+def halve(leaf: Leaf) -> None:
+    leaf.weight.mul_(0.5)
+
+
+def replace(leaf: Leaf) -> None:
+    leaf.weight = nn.Parameter(leaf.weight * 0.5)
+
+
+def assign(leaf: Leaf) -> None:
+    leaf.weight.data = leaf.weight * 0.5
+
+
+def give_bias(leaf: Leaf) -> None:
+    leaf.bias = nn.Parameter(torch.linspace(0.0, 1.0, 8))
+
+
+def to_half(leaf: Leaf) -> None:
+    leaf.weight.data = leaf.weight.half()
+
+
+CHANGES = [halve, replace, assign, give_bias, to_half]
+
+
+@pytest.mark.parametrize("budget", [1, 5 * LEAF_BYTES, EVERYTHING])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_inside_forward_is_written_back_once(change: Callable[[Leaf], None], budget: int) -> None:
+    streams = recorded()
+    net, twin = pair()
+    mover = attached(net, streams, budget)
+    for leaf in (net.leaves[3], twin.leaves[3]):
+        leaf.inside = change
+    for _ in range(4):
+        same(net, twin, streams)
+    status = mover.status()
+    assert status["write_backs"] + status["adopted"] == 1
+    assert status["placement_faults"] == 0
+    mover.drain()
+    for (name, mine), theirs in zip(net.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+        assert not streams.owns(mine.data_ptr())
+    streams.check()
+    mover.detach()
+
+
+def test_a_bias_removed_inside_forward_stays_removed() -> None:
+    streams = recorded()
+    net, twin = pair()
+    for chain in (net, twin):
+        give_bias(chain.leaves[2])
+    mover = attached(net, streams)
+    for leaf in (net.leaves[2], twin.leaves[2]):
+        leaf.inside = lambda leaf: setattr(leaf, "bias", None)
+    for _ in range(3):
+        same(net, twin, streams)
+    assert mover.status()["adopted"] == 1
+    mover.detach()
+    assert net.leaves[2].bias is None
+
+
+def test_a_slot_is_not_overwritten_under_the_write_back_that_reads_it() -> None:
+    # Leaf 0 fires twice in a row: changed in its first use, written back and kept; clean in its second, then its slot is vacated.
+    streams = recorded()
+    net, twin = pair(lambda: Chain(6, [0, 0, 1, 2, 3, 4, 5]))
+    mover = attached(net, streams)
+    net.leaves[0].inside = twin.leaves[0].inside = halve
+    same(net, twin, streams)
+    mover.drain()
+    assert torch.equal(net.leaves[0].weight, twin.leaves[0].weight)
+    streams.check()
+    mover.detach()
+
+
+@pytest.mark.parametrize("poison", [True, False])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [0, 0, 1, 1, 2, 3, 3, 4, 5, 5], [0, 1, 0, 2, 3, 2, 4, 5, 4]])
+def test_every_use_changed(order: list[int], poison: bool) -> None:
+    streams = recorded(poison=poison)
+    net, twin = pair(lambda: Chain(6, order))
+    mover = attached(net, streams)
+    for chain in (net, twin):
+        for leaf in chain.leaves:
+            leaf.register_forward_pre_hook(lambda leaf, _: leaf.weight.mul_(0.9))
+    for _ in range(3):
+        same(net, twin, streams)
+    assert mover.status()["write_backs"] > 2 * len(net.leaves)
+    streams.check()
+    mover.detach()
+
+
+def test_a_master_read_between_passes_is_true() -> None:
+    streams = simulated(ObligingStreams)
+    net, twin = pair()
+    mover = attached(net, streams)
+    net.leaves[5].inside = twin.leaves[5].inside = halve
+    with torch.no_grad():
+        twin(torch.ones(1, 8))
+    with streams.hold_copies("offload") as streams.hold:
+        call(net, streams)
+        seen = net.leaves[5].weight.clone()
+    streams.hold = None
+    assert torch.equal(seen, twin.leaves[5].weight)
+    mover.detach()
+
+
+def test_a_change_between_passes_is_not_overwritten_by_a_write_back() -> None:
+    streams = simulated(ObligingStreams)
+    net, twin = pair()
+    mover = attached(net, streams)
+    net.leaves[5].inside = twin.leaves[5].inside = halve
+    with torch.no_grad():
+        twin(torch.ones(1, 8))
+        with streams.hold_copies("offload") as streams.hold:
+            call(net, streams)
+            net.leaves[5].weight.mul_(3.0)
+            twin.leaves[5].weight.mul_(3.0)
+    streams.hold = None
+    same(net, twin, streams)
+    mover.detach()
+
+
+def test_the_wait_at_a_passs_end_is_counted_apart() -> None:
+    streams = simulated()
+    net, _ = pair()
+    mover = attached(net, streams)
+    call(net, streams)
+    assert (mover.status()["host_waits"], mover.status()["write_back_waits"]) == (0, 0)
+    net.leaves[1].inside = halve
+    call(net, streams)
+    call(net, streams)
+    assert (mover.status()["host_waits"], mover.status()["write_back_waits"]) == (0, 1)
+    mover.detach()
+
+
+def test_a_change_through_data_that_was_told_of_is_written_back() -> None:
+    streams = simulated()
+    net, twin = pair()
+    mover = attached(net, streams, EVERYTHING)
+    net.leaves[4].weight.data.mul_(2.0)  # on the device; nothing counts it
+    assert mover.mark_dirty(net.leaves[4])
+    twin.leaves[4].weight.data.mul_(2.0)
+    mover.drain()
+    assert torch.equal(net.leaves[4].weight, twin.leaves[4].weight)
+    assert not mover.mark_dirty(twin.leaves[4])
+    mover.detach()
+
+
+def test_a_host_change_through_data_that_was_told_of_is_fetched() -> None:
+    streams = simulated()
+    net, twin = pair()
+    mover = attached(net, streams)
+    for chain in (net, twin):
+        chain.leaves[0].weight.data.mul_(2.0)
+    mover.mark_dirty(net.leaves[0])  # its onload for the next pass is under way
+    same(net, twin, streams)
+    assert mover.status()["refetches"] == 1
+    mover.detach()
