@@ -7,7 +7,6 @@ drains) for as long as they need; whoever comes from another thread therefore ac
 from __future__ import annotations
 
 import threading
-from collections import deque
 from dataclasses import dataclass, field
 
 from lib_async_lowvram.config import OffloadConfig
@@ -56,7 +55,7 @@ class Context:
 
     Attributes:
         checker, host_ranges: the placement judge and what it guards; None unless the config asks for it.
-        trace: where spans go; None = nowhere. copies: names of enqueued copies per lane, for the trace.
+        trace: where spans of computing and stalls go; None = nowhere.
     """
 
     streams: Streams
@@ -65,7 +64,6 @@ class Context:
     checker: PlacementChecker | None = None
     host_ranges: HostRanges | None = None
     trace: Trace | None = None
-    copies: dict[str, deque[str]] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
     peaks: Peaks = field(init=False)
 

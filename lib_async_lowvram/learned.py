@@ -18,6 +18,9 @@ from lib_async_lowvram.region_pass import Observed
 COPY_OVERHEAD_SECONDS = 8e-6
 """Per copy, whatever its size: what enqueuing and starting a DMA copy takes on current hosts (shared/plan_reference)."""
 
+IN_STEP_SECONDS = 60e-6
+"""Per acquire and release on a device that computes in step with the host: measured with the hooks as they are."""
+
 NOTEWORTHY = 0.05
 """Share of the compute time per pass."""
 
@@ -32,6 +35,7 @@ class Learned:
         bandwidth: host to device as measured in the learning pass, bytes per second.
         first: unit index -> place of its first firing in `steps`.
         buffer_bytes: device bytes of loose tensors.
+        in_step: the device computes in step with the host (the simulated one).
     """
 
     steps: tuple[tuple[int, float], ...]
@@ -39,9 +43,10 @@ class Learned:
     bandwidth: float
     first: dict[int, int]
     buffer_bytes: int
+    in_step: bool = False
 
     @classmethod
-    def of(cls, observed: Observed, units: Sequence[Unit], announced: frozenset[int], buffer_bytes: int) -> Learned:
+    def of(cls, observed: Observed, units: Sequence[Unit], announced: frozenset[int], buffer_bytes: int, in_step: bool) -> Learned:
         """Give what was computed between two units' starts to the first of them."""
         by_anchor = {id(unit.anchor()): unit.index for unit in units if unit.index in announced}
         steps: list[list] = []
@@ -59,7 +64,7 @@ class Learned:
             first.setdefault(index, place)
         # Nothing to move means no measurement and nothing to stream either: any rate will do.
         rate = observed.bandwidth or 1e12
-        return cls(tuple((index, seconds) for index, seconds in steps), lead, rate, first, buffer_bytes)
+        return cls(tuple((index, seconds) for index, seconds in steps), lead, rate, first, buffer_bytes, in_step)
 
     @property
     def compute_seconds(self) -> float:
@@ -116,6 +121,7 @@ class Learned:
             must_reside=frozenset(unit.index for unit in units if unit.must_reside),
             fixed_bytes=self.buffer_bytes,
             copy_overhead_seconds=COPY_OVERHEAD_SECONDS,
+            step_overhead_seconds=IN_STEP_SECONDS if self.in_step else 0.0,
             lead_seconds=self.lead_seconds,
         )
 

@@ -174,7 +174,8 @@ class Network:
     def _learn(self, observed: Observed) -> None:
         contents = self.contents
         contents.join(observed.fired, observed.inside)
-        self.learned = Learned.of(observed, contents.units, contents.announced, contents.loose_bytes)
+        in_step = self.context.streams.knows_stalls
+        self.learned = Learned.of(observed, contents.units, contents.announced, contents.loose_bytes, in_step)
         self._leaf_clocks.clear()
         self._stale_plan = True
         self.hooks.observe(False)

@@ -7,7 +7,6 @@ Called under the mover's lock, on the thread that runs the network.
 from __future__ import annotations
 
 import time
-from collections import deque
 
 from lib_async_lowvram.context import Context
 from lib_async_lowvram.core.states import UnitState
@@ -39,7 +38,6 @@ class Transfers:
         streams.copy(unit.memory[: unit.nbytes], unit.master, streams.onload_stream)
         unit.copied = streams.record(streams.onload_stream)
         self._counters.streamed_bytes += unit.nbytes
-        self._name_copy("copy", unit)
 
     def wait_and_publish(self, unit: Unit) -> None:
         """The consumer's current stream waits for the copy; then the parameters point there (I4)."""
@@ -70,9 +68,3 @@ class Transfers:
         streams.copy(unit.master, unit.memory[: unit.nbytes], streams.offload_stream)
         unit.written = streams.record(streams.offload_stream)
         self._counters.write_backs += 1
-        self._name_copy("write-back", unit)
-
-    def _name_copy(self, lane: str, unit: Unit) -> None:
-        """Engines are first in, first out: the trace finds the names of their copies in this order."""
-        if self._context.trace is not None:
-            self._context.copies.setdefault(lane, deque()).append(unit.name)

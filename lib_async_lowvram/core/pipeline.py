@@ -29,6 +29,8 @@ class Workload:
         fixed_bytes: device bytes that are neither resident units nor ring (buffers).
         bandwidth: of the link, host to device, bytes per second.
         copy_overhead_seconds: per copy, whatever its size.
+        step_overhead_seconds: per firing of a streamed unit, where the host computes in step with the device, so that acquire
+            and release cost compute time; 0 where the host runs ahead.
         lead_seconds: computing (or host time) between the last step of a pass and the first of the next.
     """
 
@@ -38,6 +40,7 @@ class Workload:
     must_reside: frozenset[int] = frozenset()
     fixed_bytes: int = 0
     copy_overhead_seconds: float = 0.0
+    step_overhead_seconds: float = 0.0
     lead_seconds: float = 0.0
 
     @property
@@ -77,7 +80,7 @@ def simulate(workload: Workload, resident: frozenset[int], offsets: Mapping[int,
             else:
                 lead += seconds
         else:
-            steps.append([unit, seconds])
+            steps.append([unit, seconds + workload.step_overhead_seconds])
     if not steps:
         return Prediction(workload.compute_seconds, 0.0, 0.0)
 

@@ -14,7 +14,7 @@ Pure; bytes and seconds; no torch. Caller: `network` after a learning pass and w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from lib_async_lowvram.core.pipeline import Prediction, Workload, simulate
@@ -85,7 +85,8 @@ def make_plan(workload: Workload, budget_bytes: int, *, lookahead_bytes: int = 0
     def attempt(choose: Policy, ring_bytes: int) -> float:
         """Predicted seconds; keeps the plan if it is the best so far."""
         nonlocal best
-        resident = must | _within(choose(workload, free, room - ring_bytes), workload, room - ring_bytes, small_unit_bytes)
+        ranked = choose(workload, others, max(0, room - ring_bytes - small_bytes))
+        resident = must | _within(ranked, small, nbytes, room - ring_bytes)
         largest = max((nbytes[unit] for unit in nbytes if unit not in resident), default=0)
         if 2 * largest > ring_bytes or (resident, ring_bytes) in tried:
             return math.inf
@@ -100,6 +101,9 @@ def make_plan(workload: Workload, budget_bytes: int, *, lookahead_bytes: int = 0
         return prediction.seconds
 
     first = set(order)
+    small = sorted((unit for unit in free if nbytes[unit] < small_unit_bytes), key=nbytes.__getitem__)
+    small_bytes = sum(nbytes[unit] for unit in small)
+    others = [unit for unit in free if nbytes[unit] >= small_unit_bytes]
     smallest, *larger = _ring_sizes(workload, free, room, lookahead_bytes)
     ranked = sorted((attempt(choose, smallest), number) for number, choose in enumerate(_POLICIES))
     for ring_bytes in larger:
@@ -132,13 +136,12 @@ def _ring_sizes(workload: Workload, free: list[int], room: int, wish: int) -> li
     return list(dict.fromkeys(sizes))
 
 
-def _within(ranked: Iterator[int], workload: Workload, room: int, small_unit_bytes: int) -> frozenset[int]:
-    """As many of the ranked units as fit `room` bytes; small ones first, since a copy of those is all overhead."""
+def _within(ranked: Iterable[int], small: Iterable[int], nbytes: Mapping[int, int], room: int) -> frozenset[int]:
+    """As many of the ranked units as fit `room` bytes, after the small ones: a copy of those is nearly all overhead, and so
+    are their hooks, whatever the ranking says."""
     chosen: set[int] = set()
-    ranked = list(ranked)
-    small = sorted((unit for unit in ranked if workload.nbytes[unit] < small_unit_bytes), key=workload.nbytes.__getitem__)
     for unit in (*small, *ranked):
-        size = workload.nbytes[unit]
+        size = nbytes[unit]
         if unit not in chosen and size <= room:
             chosen.add(unit)
             room -= size

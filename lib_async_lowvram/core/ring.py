@@ -5,8 +5,8 @@ after its last reader; nothing may be allocated on the way (I2).
 
 Every streamed unit has one fixed place in the slab, chosen once per plan (`assign_offsets`). Fixed places mean that the
 tensors over a slot are made once, and that the units whose ranges overlap are known beforehand: a unit can be onloaded
-exactly when none of those is live. For each unit that was there before, the ring keeps a *fence* - the event after which
-its bytes may be overwritten - and hands the newcomer those it still has to wait for. All onloads go through one copy
+exactly when none of those is live. For each unit that left, the ring keeps a *fence* - the event after which its bytes may
+be overwritten - and hands the newcomer those it still has to wait for. All onloads go through one copy
 stream in order, so a fence that stream has already waited for, or an older one of the same consumer stream, is not waited
 for again.
 
@@ -78,27 +78,29 @@ class Ring:
         self.nbytes = {unit: nbytes[unit] for unit in offsets}
         self.ring_bytes = ring_bytes
         self.live: set[int] = set()
-        self._overlaps = overlaps(self.offsets, self.nbytes)
-        self._fences: dict[int, tuple[int, Hashable, Any]] = {}  # unit -> (serial, stream key, event)
-        self._serial = 0
-        self._waited: dict[Hashable, int] = {}  # stream key -> largest serial the copy stream has waited for
         self.live_bytes = 0
+        self._ends = {unit: offset + self.nbytes[unit] for unit, offset in self.offsets.items()}
+        # Who left, and the fence not yet waited for: (start, end, serial, stream key, event). A few entries, as many as fit
+        # the slab: looking through them is cheaper than knowing all overlaps.
+        self._left: list[tuple[int, int, int, Hashable, Any]] = []
+        self._serial = 0
 
     def blockers(self, unit: int) -> list[int]:
         """The live units that stand where `unit` goes."""
-        live = self.live
-        return [other for other in self._overlaps[unit] if other in live]
+        start, end = self.offsets[unit], self._ends[unit]
+        return [other for other in self.live if self.offsets[other] < end and start < self._ends[other] and other != unit]
 
     def is_free(self, unit: int) -> bool:
         """Whether `unit` could be placed now."""
-        live = self.live
-        for other in self._overlaps[unit]:
-            if other in live:
+        start, end, offsets, ends = self.offsets[unit], self._ends[unit], self.offsets, self._ends
+        for other in self.live:
+            if offsets[other] < end and start < ends[other] and other != unit:
                 return False
         return True
 
     def occupy(self, unit: int) -> list[Any]:
-        """Make `unit` live. Returns the fences its onload must wait for, at most one per consumer stream.
+        """Make `unit` live. Returns the fences its onload must wait for, at most one per consumer stream; they count as waited
+        for by the copy stream from then on.
 
         Raises `ValueError` when it is live already or a live unit stands there.
         """
@@ -106,16 +108,14 @@ class Ring:
             raise ValueError(f"unit {unit} cannot be placed: live {sorted(self.blockers(unit))}")
         self.live.add(unit)
         self.live_bytes += self.nbytes[unit]
+        start, end = self.offsets[unit], self._ends[unit]
         latest: dict[Hashable, tuple[int, Any]] = {}
-        for other in (unit, *self._overlaps[unit]):
-            fence = self._fences.get(other)
-            if fence is None:
-                continue
-            serial, key, event = fence
-            if serial > self._waited.get(key, 0) and serial > latest.get(key, (0, None))[0]:
+        for low, high, serial, key, event in self._left:
+            if low < end and start < high and serial > latest.get(key, (0, None))[0]:
                 latest[key] = (serial, event)
-        for key, (serial, _) in latest.items():
-            self._waited[key] = serial
+        if latest:
+            # Older fences of the same stream lie before the one waited for.
+            self._left = [left for left in self._left if left[2] > latest.get(left[3], (0, None))[0]]
         return [event for _, event in latest.values()]
 
     def vacate(self, unit: int, stream_key: Hashable, fence: Any) -> None:
@@ -126,12 +126,10 @@ class Ring:
         self.live.remove(unit)
         self.live_bytes -= self.nbytes[unit]
         self._serial += 1
-        self._fences[unit] = (self._serial, stream_key, fence)
+        self._left.append((self.offsets[unit], self._ends[unit], self._serial, stream_key, fence))
 
     def fences(self) -> list[Any]:
-        """What must have passed before the whole slab may be given back: the newest fence of every stream."""
-        latest: dict[Hashable, tuple[int, Any]] = {}
-        for serial, key, event in self._fences.values():
-            if serial > latest.get(key, (0, None))[0]:
-                latest[key] = (serial, event)
-        return [event for _, event in latest.values()]
+        """What must have passed, beside what the copy stream was told to wait for, before the whole slab may be given back:
+        the newest fence of every stream."""
+        latest = {key: event for _, _, _, key, event in self._left}
+        return list(latest.values())

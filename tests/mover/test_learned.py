@@ -43,7 +43,10 @@ def test_reordered_keeps_residents_behind_what_they_followed() -> None:
     assert other.first == {9: 0, 2: 1, 0: 2, 8: 3, 5: 5, 7: 6}
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.floats(0.0, 1.0)), min_size=1, max_size=20), st.lists(st.integers(0, 9), max_size=20), st.data())
+timed = st.tuples(st.integers(0, 9), st.floats(0.0, 1.0))
+
+
+@given(st.lists(timed, min_size=1, max_size=20), st.lists(st.integers(0, 9), max_size=20), st.data())
 def test_reordering_loses_no_resident(steps: list[tuple[int, float]], streamed: list[int], data: st.DataObject) -> None:
     units = sorted({unit for unit, _ in steps})
     resident = frozenset(data.draw(st.lists(st.sampled_from(units), unique=True)))
