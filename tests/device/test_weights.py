@@ -1,4 +1,4 @@
-"""Packed weights: what is packed and how, how every change is seen, and that nothing is kept alive."""
+"""Packed weights: what is packed and how, who is packed with whom, and that nothing is kept alive."""
 
 from __future__ import annotations
 
@@ -192,95 +192,6 @@ def test_an_overlap_hidden_behind_a_longer_span_is_found() -> None:
     groups, unmanaged = group_by_sharing(modules)
     assert groups == [[modules[3]]]
     assert len(unmanaged) == 3
-
-
-# -- changes -----------------------------------------------------------------------------------------------------------
-def in_place(module: Holder) -> None:
-    with torch.no_grad():
-        module.weight.add_(1)
-
-
-def by_view(module: Holder) -> None:
-    with torch.no_grad():
-        module.weight[0].zero_()
-
-
-def new_parameter_over_the_same_bytes(module: Holder) -> None:
-    module.weight = nn.Parameter(module.weight.data, requires_grad=False)
-
-
-def swap(module: Holder) -> None:
-    del module.gain
-    module.bias = nn.Parameter(torch.zeros(4))
-
-
-CHANGES: list[tuple[str, Callable[[Holder], object], Change]] = [
-    ("nothing", lambda module: None, Change.NONE),
-    ("in place", in_place, Change.VALUES),
-    ("through a view", by_view, Change.VALUES),
-    ("data assigned", lambda module: setattr(module.weight, "data", torch.zeros(4, 4)), Change.LAYOUT),
-    ("a new Parameter", lambda module: setattr(module, "weight", nn.Parameter(torch.zeros(4, 4))), Change.LAYOUT),
-    ("a new Parameter over the same bytes", new_parameter_over_the_same_bytes, Change.LAYOUT),
-    ("a bias added", lambda module: setattr(module, "bias", nn.Parameter(torch.zeros(4))), Change.LAYOUT),
-    ("another parameter registered", lambda module: module.register_parameter("scale", nn.Parameter(torch.zeros(4))), Change.LAYOUT),
-    ("none registered", lambda module: module.register_parameter("scale", None), Change.NONE),
-    ("a bias removed", lambda module: setattr(module, "gain", None), Change.LAYOUT),
-    ("a parameter deleted", lambda module: delattr(module, "gain"), Change.LAYOUT),
-    ("one swapped for another", swap, Change.LAYOUT),
-    ("another dtype, same bytes", lambda module: setattr(module.weight, "data", module.weight.data.view(torch.int32)), Change.LAYOUT),
-    ("transposed", lambda module: setattr(module.weight, "data", module.weight.data.t()), Change.LAYOUT),
-    ("another shape", lambda module: setattr(module.weight, "data", module.weight.data.view(2, 8)), Change.LAYOUT),
-]
-
-
-@pytest.mark.parametrize("on_device", [False, True])
-@pytest.mark.parametrize(("name", "act", "expected"), CHANGES, ids=[name for name, _, _ in CHANGES])
-def test_how_a_change_is_seen(
-    host: HostMemory, streams: SimulatedStreams, name: str, act: Callable[[Holder], object], expected: Change, on_device: bool
-) -> None:
-    module = Holder(weight=torch.randn(4, 4), gain=torch.randn(4), bias=None)
-    unit = unit_of(host, module)
-    look = unit.host_change
-    if on_device:
-        unit.bind(streams.allocate(unit.nbytes))
-        unit.publish()
-        look = unit.device_change
-    assert look() is Change.NONE
-    act(module)
-    assert look() is expected
-    if expected is Change.VALUES:
-        unit.accept_versions()
-    elif expected is Change.LAYOUT:
-        unit.pack()
-        look = unit.host_change
-    assert look() is Change.NONE
-
-
-def test_a_change_told_of_counts_until_accepted(host: HostMemory, streams: SimulatedStreams) -> None:
-    unit = unit_of(host, module := Holder(weight=torch.randn(4)))
-    unit.bind(streams.allocate(unit.nbytes))
-    unit.publish()
-    module.weight.data.zero_()
-    assert unit.device_change() is Change.NONE  # nobody can see that one
-    unit.dirty = True
-    assert unit.device_change() is Change.VALUES
-    unit.accept_versions()
-    assert unit.device_change() is Change.NONE
-
-
-def test_moving_is_no_change(host: HostMemory, streams: SimulatedStreams) -> None:
-    unit = unit_of(host, module := Holder(weight=torch.randn(4)))
-    in_place(module)
-    unit.accept_versions()
-    for _ in range(2):
-        memory = streams.allocate(unit.nbytes)
-        unit.bind(memory)
-        unit.publish()
-        assert unit.device_change() is Change.NONE
-        unit.unpublish()
-        assert unit.host_change() is Change.NONE
-        unit.unbind()
-        streams.free(memory)
 
 
 # -- life --------------------------------------------------------------------------------------------------------------
