@@ -221,6 +221,10 @@ class Async(Contender):
         super().reset()
         self._before = self._counts()
 
+    def new_job(self) -> None:
+        """Leave the device, as the WebUI does between two pictures: the next pass plans with what the passes so far showed."""
+        self.mover.drain()
+
     def measured(self) -> Measured:
         status = self.mover.status()
         counts = {name: value - self._before[name] for name, value in self._counts().items()}

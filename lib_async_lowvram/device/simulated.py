@@ -49,7 +49,8 @@ class ComputeStream:
 
 class SimulatedStreams(Streams):
     """See the module's docstring. All of `bandwidth`, `offload_bandwidth` (bytes/s), `latency`, `jitter_seconds` (s),
-    `fail_copy`, `on_copy` (see `Link`) may be changed at any time; copies that have not begun yet follow."""
+    `fail_copy`, `on_copy` (see `Link`) may be changed at any time; copies that have not begun yet follow. So may `poison`:
+    memory freed from then on follows."""
 
     knows_stalls = True
 
