@@ -147,15 +147,16 @@ def test_an_order_that_stays_changed_is_learned() -> None:
     mover.detach()
 
 
-def test_the_trace_shows_all_lanes() -> None:
-    streams = simulated()
-    net, _ = pair()
+def test_a_traced_pass_is_the_same_pass() -> None:
+    streams = recorded()
+    net, twin = pair()
     mover = attached(net, streams)
     mover.trace = Trace()
-    net.leaves[2].inside = lambda leaf: leaf.weight.mul_(0.5)
-    call(net, streams)
+    same(net, twin, streams)
     lanes = {span.lane for span in mover.trace.spans}
     assert lanes == {"compute", "stall"}  # the demo adds "copy" and "write-back" from the device's own clock
     computed = [span.name for span in mover.trace.spans if span.lane == "compute"]
     assert computed == [f"[0].leaves.{number}" for number in range(6)]
+    assert all(span.end_seconds >= span.start_seconds for span in mover.trace.spans)
+    streams.check()
     mover.detach()

@@ -85,6 +85,55 @@ def test_a_slot_is_not_overwritten_under_the_write_back_that_reads_it() -> None:
     mover.detach()
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_kept_copy_is_fetched_again_behind_its_use_and_its_write_back(changed: bool) -> None:
+    # Leaf 0 fires twice in a row and is kept in between, when somebody tells of a change. What its first use left under way - the
+    # reading of the slot, and the write-back to the master where it was changed - comes before the second copy.
+    streams = recorded()
+    net, twin = pair(lambda: Chain(6, [0, 0, 1, 2, 3, 4, 5]))
+    mover = attached(net, streams)
+    if changed:
+        net.leaves[0].inside = twin.leaves[0].inside = halve
+    before = mover.status()["refetches"]
+    handle = net.leaves[0].register_forward_hook(lambda leaf, *_: None if mover.mark_dirty(leaf) else None)
+    same(net, twin, streams)
+    handle.remove()
+    assert mover.status()["refetches"] > before
+    same(net, twin, streams)
+    streams.check()
+    mover.detach()
+
+
+@pytest.mark.parametrize("poison", [True, False])
+@pytest.mark.parametrize("then", [1, 2, 3, 4, 5])
+def test_a_changed_copy_that_was_kept_in_vain_gives_way_behind_its_write_back(then: int, poison: bool) -> None:
+    streams = recorded(poison=poison)
+    net, twin = pair(lambda: Chain(6, [0, 0, 1, 2, 3, 4, 5]))
+    mover = attached(net, streams)
+    net.leaves[0].inside = twin.leaves[0].inside = halve
+    net.order = twin.order = [0, then, 5, 4, 3, 2, 1]
+    for _ in range(2):
+        same(net, twin, streams)
+    streams.check()
+    mover.detach()
+
+
+def test_an_onload_waits_for_the_write_back_from_another_place() -> None:
+    # Leaf 2 is called from within leaf 0 while that one stands in its place: it gets a block of its own and is changed there.
+    # Its next onload goes to its place in the ring, whose fences know nothing of that block.
+    streams = recorded()
+    net, twin = pair()
+    mover = attached(net, streams)
+    for chain in (net, twin):
+        chain.leaves[0].register_forward_pre_hook(lambda _, args, other=chain.leaves[2]: (other(args[0]),))
+        chain.leaves[2].inside = halve
+    same(net, twin, streams)
+    assert mover.status()["write_backs"] == 1
+    same(net, twin, streams)
+    streams.check()
+    mover.detach()
+
+
 @pytest.mark.parametrize("poison", [True, False])
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [0, 0, 1, 1, 2, 3, 3, 4, 5, 5], [0, 1, 0, 2, 3, 2, 4, 5, 4]])
 def test_every_use_changed(order: list[int], poison: bool) -> None:
