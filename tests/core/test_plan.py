@@ -50,6 +50,12 @@ def test_invariants(load: Workload, wish: int, lookahead: int, small: int) -> No
     check(load, make_plan(load, wish, lookahead_bytes=lookahead, small_unit_bytes=small), wish)
 
 
+@given(workloads(), st.integers(-1, 1))
+def test_a_budget_is_raised_exactly_below_the_least(load: Workload, beside: int) -> None:
+    wish = max(0, least_budget(load) + beside)
+    check(load, make_plan(load, wish), wish)
+
+
 @given(workloads(largest=20_000), st.integers(0, 1 << 27), st.integers(1, 1 << 27))
 def test_a_lookahead_wish_is_met_or_clamped_with_a_note(load: Workload, wish: int, lookahead: int) -> None:
     plan = make_plan(load, wish, lookahead_bytes=lookahead)

@@ -183,7 +183,7 @@ class Play:
 EVENTS = [name for name, value in vars(Play).items() if callable(value) and not name.startswith("_") and name != "pass_"]
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(
     seed=st.integers(0, 10_000),
     share=st.sampled_from([0.0, 0.2, 0.5, 0.9, 2.0]),

@@ -12,7 +12,7 @@ from tests.mover.trees import Case
 BANDWIDTHS = [5e6, 1e8, 1e9, math.inf]  # bytes/s: from starving (weights are some 100 KB) to endless
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     share=st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.8, 1.0, 2.0]),

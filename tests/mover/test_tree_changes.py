@@ -176,8 +176,12 @@ def test_weights_replaced_between_passes(change: Callable[[Leaf], None], budget:
     for chain in (net, twin):
         for leaf in (chain.leaves[1], chain.leaves[5]):
             change(leaf)
+    seen: list[bool] = []
+    for leaf in net.leaves:
+        leaf.register_forward_pre_hook(lambda leaf, _: seen.append(streams.owns(leaf.weight.data_ptr())))
     for _ in range(3):
         same(net, twin, streams)
+    assert seen == [True] * 18
     assert mover.status()["placement_faults"] == 0
     mover.drain()
     assert streams.allocated_bytes == 0
