@@ -47,6 +47,12 @@ def test_a_copy_costs_its_overhead() -> None:
     assert prediction.stall_seconds == pytest.approx(2.5)
 
 
+def test_a_streamed_step_costs_its_overhead() -> None:
+    load = workload([(0, 1.0), (1, 1.0), (3, 1.0), (2, 1.0)], dict.fromkeys(range(4), 100), step_overhead_seconds=0.25)
+    prediction = simulate(load, frozenset({3}), SLOTS)  # three of the four are streamed; behind the last, one copy is waited for
+    assert (prediction.seconds, prediction.stall_seconds) == (4.0 + 3 * 0.25 + 1.0, 1.0)
+
+
 def test_a_resident_computes_while_the_next_one_is_copied() -> None:
     load = workload([(0, 1.0), (1, 1.0), (3, 5.0), (2, 1.0)], {**dict.fromkeys(range(3), 100), 3: 10_000})
     prediction = simulate(load, frozenset({3}), SLOTS)
@@ -70,7 +76,7 @@ class Ticking:
         self.lead = load.lead_seconds
         for unit, seconds in load.steps:
             if unit not in resident:
-                self.seconds.append(seconds)
+                self.seconds.append(seconds + load.step_overhead_seconds)
             elif self.seconds:
                 self.seconds[-1] += seconds
             else:
@@ -148,6 +154,7 @@ def cases(draw: st.DrawFn) -> tuple[Workload, frozenset[int], dict[int, int]]:
         nbytes=dict(enumerate(sizes)),
         bandwidth=1.0,
         copy_overhead_seconds=draw(st.integers(0, 2)),
+        step_overhead_seconds=draw(st.integers(0, 1)),
         lead_seconds=draw(st.integers(0, 3)),
     )
     return load, resident, offsets
