@@ -81,10 +81,21 @@ def _figures(context: Context, network: Network | None) -> dict[str, Any]:
         "bandwidth_bytes_per_s": learned.bandwidth if learned else None,
         "streamed_bytes_per_pass": counters.streamed_bytes_last_pass if counters else 0,
         "pass_seconds": seconds or None,
-        "stall_seconds": counters.stall_seconds_last_pass if counters else 0.0,
+        "stall_seconds": _stall(context, network, seconds),
         "limit_seconds": limit,
         "best_schedule_seconds": best,
         "efficiency": limit / seconds if measured else None,
         "schedule_efficiency": best / seconds if measured else None,
         "bound": ("copy" if plan.limit_seconds > learned.compute_seconds else "compute") if plan and learned else None,
     }
+
+
+def _stall(context: Context, network: Network | None, pass_seconds: float) -> float | None:
+    """Of the last pass. Where the device cannot tell without a host wait: what a pass takes beyond its computing."""
+    if network is None:
+        return 0.0
+    if context.streams.knows_stalls:
+        return network.counters.stall_seconds_last_pass
+    if not pass_seconds or network.learned is None:
+        return None
+    return max(0.0, pass_seconds - network.learned.compute_seconds)
