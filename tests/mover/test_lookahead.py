@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from lib_async_lowvram.core.stats import Trace
 from lib_async_lowvram.device.simulated import SimulatedStreams
-from lib_async_lowvram.device.streams import Stream
+from lib_async_lowvram.device.streams import ALIGNMENT, Stream, align
 from tests.mover.chains import LEAF_BYTES, Chain, Leaf, ObligingStreams, attached, call, pair, recorded, same, simulated
 
 
@@ -122,6 +123,25 @@ def test_a_lookahead_wish(wish: int, ring: int) -> None:
     assert mover.status()["ring_bytes"] == ring * LEAF_BYTES
     assert mover.status()["misses"] == 0
     streams.check()
+    mover.detach()
+
+
+@pytest.mark.parametrize("odd", [0, 64, 100])
+@pytest.mark.parametrize("rows", [256, 250, 3])
+def test_weights_are_aligned_wherever_they_stand(rows: int, odd: int) -> None:
+    streams = simulated()
+    net, twin = pair(lambda: Chain(8, rows=rows))
+    for chain in (net, twin):
+        for leaf in chain.leaves:
+            leaf.bias = nn.Parameter(torch.ones(8))
+    size = align(rows * 8 * 4) + ALIGNMENT
+    mover = attached(net, streams, 6 * size + odd, lookahead_bytes=3 * size + odd)
+    places: list[int] = []
+    for leaf in net.leaves:
+        leaf.register_forward_pre_hook(lambda leaf, _: places.extend([leaf.weight.data_ptr(), leaf.bias.data_ptr()]))
+    same(net, twin, streams)
+    assert all(streams.owns(place) and place % ALIGNMENT == 0 for place in places)
+    assert mover.status()["ring_bytes"] % ALIGNMENT == 0
     mover.detach()
 
 
