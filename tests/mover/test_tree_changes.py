@@ -222,6 +222,26 @@ def test_inference_mode(build: Callable[[], nn.Module], born: bool) -> None:
         assert torch.equal(net(torch.ones(1, 8)), twin(torch.ones(1, 8)))
 
 
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("change", [same_bytes, grow, assign, write])
+def test_weights_changed_after_their_onload_was_enqueued(change: Callable[[Leaf], None], budget: int) -> None:
+    # `prepare` has started the first onloads, residents' too; what they carry is not what the next pass must see.
+    streams = simulated()
+    net, twin = pair()
+    mover = attached(net, streams, budget)
+    mover.drain()
+    with torch.no_grad():
+        mover.prepare("net")
+    for chain in (net, twin):
+        for leaf in chain.leaves:
+            change(leaf)
+    for _ in range(2):
+        same(net, twin, streams)
+    mover.detach()
+    for mine, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_load_state_dict_between_passes() -> None:
     streams = recorded()
     net, twin = pair()
