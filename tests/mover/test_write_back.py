@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lib_async_lowvram import NetworkSpec, Region
 from tests.mover.chains import LEAF_BYTES, Chain, Leaf, ObligingStreams, attached, call, pair, recorded, same, simulated
 
 EVERYTHING = 1 << 20
@@ -54,6 +55,38 @@ def test_a_change_inside_forward_is_written_back_once(change: Callable[[Leaf], N
         assert torch.equal(mine, theirs), name
         assert not streams.owns(mine.data_ptr())
     streams.check()
+    mover.detach()
+
+
+@pytest.mark.parametrize("leafwise", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_inside_a_learning_pass(change: Callable[[Leaf], None], leafwise: bool) -> None:
+    streams = recorded()
+    net, twin = pair()
+    mover = attached(NetworkSpec([Region(leaf) for leaf in net.leaves], net) if leafwise else net, streams, passes=0)
+    for leaf in (net.leaves[3], twin.leaves[3]):
+        leaf.inside = change
+    same(net, twin, streams)
+    for (name, mine), theirs in zip(net.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+    assert streams.allocated_bytes == 0
+    for _ in range(2):
+        same(net, twin, streams)
+    streams.check()
+    mover.detach()
+
+
+def test_a_master_is_true_right_after_a_learning_pass() -> None:
+    streams = simulated(ObligingStreams)
+    net, twin = pair()
+    mover = attached(net, streams, passes=0)
+    net.leaves[5].inside = twin.leaves[5].inside = halve
+    with torch.no_grad():
+        twin(torch.ones(1, 8))
+    with streams.hold_copies("offload") as streams.hold:
+        call(net, streams)
+        assert torch.equal(net.leaves[5].weight, twin.leaves[5].weight)
+    streams.hold = None
     mover.detach()
 
 
