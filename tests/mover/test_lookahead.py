@@ -66,6 +66,7 @@ def test_residents_move_once() -> None:
     assert status["resident_bytes"] == 2 * LEAF_BYTES
     assert status["streamed_bytes_per_pass"] == 4 * LEAF_BYTES
     assert status["peak_weight_bytes"] == 4 * LEAF_BYTES
+    assert sum(bool(leaf._forward_pre_hooks) for leaf in net.leaves) == 4  # those that have arrived are called as ever
     mover.detach()
 
 
