@@ -151,7 +151,7 @@ def test_an_order_that_stays_changed_is_learned() -> None:
     net, twin = pair()
     mover = attached(net, streams)
     net.order = twin.order = [3, 1, 4, 0, 5, 2]
-    for _ in range(3):
+    for _ in range(2):
         same(net, twin, streams)
     assert mover.status()["networks"]["net"]["relearned"] == 1
     before = mover.status()

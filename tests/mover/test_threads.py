@@ -32,6 +32,20 @@ def test_passes_on_several_threads(budget: int, poison: bool) -> None:
     mover.detach()
 
 
+@pytest.mark.parametrize("budget", BUDGETS[:2])
+def test_a_pass_opened_on_one_thread_and_run_on_another(budget: int) -> None:
+    streams = recorded()
+    net, twin = pair()
+    mover = attached(NetworkSpec([Region(net)], None), streams, budget, passes=0)
+    with torch.no_grad(), mover.running("net"):
+        same(net, twin, streams)
+    with torch.no_grad(), mover.running("net"):
+        on_thread(lambda: same(net, twin, streams))
+    mover.drain()
+    streams.check()
+    mover.detach()
+
+
 @pytest.mark.parametrize("change", [False, True])
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_drain_from_another_thread_between_passes(budget: int, change: bool) -> None:
