@@ -41,6 +41,20 @@ def test_the_next_passs_first_onloads_are_enqueued_before_the_pass_ends() -> Non
     mover.detach()
 
 
+def test_after_a_jump_the_next_onload_is_enqueued_before_the_leaf_computes() -> None:
+    streams = simulated(CountingStreams)
+    net, twin = pair()
+    mover = attached(net, streams)
+    before = streams.enqueued
+    ahead: list[int] = []
+    net.order = twin.order = [4, 5, 0, 1, 2, 3]
+    net.leaves[4].inside = lambda _: ahead.append(streams.enqueued - before)
+    same(net, twin, streams)
+    assert ahead == [2]  # its own, which nobody had foreseen, and the next one's, where a prefetched copy gave way
+    assert mover.status()["misses"] == 1
+    mover.detach()
+
+
 def test_a_pass_hits_every_time_and_moves_every_byte_once() -> None:
     streams = simulated()
     net, twin = pair()
