@@ -150,7 +150,10 @@ class RegionPass:
         change = unit.device_change()
         if change is Change.LAYOUT:
             unit.to(UnitState.WRITE_BACK)
+            # Packing reads the device on the calling thread's stream: behind the consumer, and before the memory goes.
+            streams.wait(streams.current_stream(), consumed)
             self._network.contents.adopt(unit)
+            consumed = streams.record(streams.current_stream())
         else:
             if change is Change.VALUES:
                 unit.to(UnitState.WRITE_BACK)

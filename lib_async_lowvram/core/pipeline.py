@@ -54,8 +54,11 @@ class Workload:
         return self.lead_seconds + sum(seconds for _, seconds in self.steps)
 
     def limit_seconds(self, budget_bytes: int) -> float:
-        """max(compute, (weights - budget) / bandwidth): no schedule is faster (DESIGN.md, Words: limit)."""
-        return max(self.compute_seconds, (self.total_bytes - budget_bytes) / self.bandwidth)
+        """max(compute, (weights - budget) / bandwidth): no schedule is faster (DESIGN.md, Words: limit). Weights that neither
+        fire nor must reside need not be on the device at all."""
+        needed = {unit for unit, _ in self.steps} | self.must_reside
+        weights = self.fixed_bytes + sum(self.nbytes[unit] for unit in needed)
+        return max(self.compute_seconds, (weights - budget_bytes) / self.bandwidth)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ class _Moved:
         else:
             self.device = self.host.to(streams.device)
         if original.is_inference():
-            self.shown = nn.Parameter(self.device, requires_grad=False) if isinstance(original, nn.Parameter) else self.device
+            # Another object than `device`, so that data assigned to it is seen.
+            self.shown = nn.Parameter(self.device, requires_grad=False) if isinstance(original, nn.Parameter) else self.device.detach()
             _register(places, self.shown)
         else:
             self.shown = original
@@ -87,8 +88,8 @@ class LooseTensors:
             raise
 
     def host_tensors(self) -> list[torch.Tensor]:
-        """The host copies of what is on the device now: nobody may read them meanwhile."""
-        return [moved.host for moved in self._moved]
+        """The host copies of what has memory on the device now: nobody may read them meanwhile."""
+        return [moved.host for moved in self._moved if moved.block is not None]
 
     def leave(self) -> None:
         """Back to the host: changed ones are copied, clean ones dropped. Idempotent."""
