@@ -229,8 +229,9 @@ class SimulatedStreams(Streams):
     def free(self, block: torch.Tensor, after: tuple[Event, ...] = ()) -> None:
         events = [_simulated(event) for event in after]
         self._memory.free(block)
-        # The tensor lives on in the callback: its memory goes to nobody else before the last event.
-        _when_all_reached(events, lambda: poison(block) if self.poison else None)
+        # The tensor lives on in the callback: its memory goes to nobody else before the last event. Poisoned memory is not
+        # handed out again, so that who still reads it goes on reading NaN.
+        _when_all_reached(events, lambda: poison(block) if self.poison else self._memory.recycle(block))
 
     @property
     def allocated_bytes(self) -> int:

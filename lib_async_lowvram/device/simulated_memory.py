@@ -37,6 +37,8 @@ class SimulatedMemory:
         self.allocated_bytes = self.peak_bytes = 0
         self._lock = threading.RLock()
         self._blocks = AddressRanges()
+        self._recycled: dict[int, list[torch.Tensor]] = {}
+        self._recycled_bytes = 0
 
     @property
     def free_bytes(self) -> int:
@@ -51,15 +53,32 @@ class SimulatedMemory:
                     f"CUDA out of memory. Tried to allocate {_human(size)}. GPU 0 (simulated) has a total capacity of "
                     f"{_human(self.capacity_bytes)} of which {_human(self.free_bytes)} is free."
                 )
+            recycled = self._recycled.get(nbytes)
+            if recycled:
+                block = recycled.pop()
+                self._recycled_bytes -= size
+                return self._enter(block, size)
             # A tensor born in inference mode could never be changed in place outside of it.
             with torch.inference_mode(False), without_dispatch_modes():
                 raw = torch.empty(size + ALIGNMENT if size else 0, dtype=torch.uint8)
                 block = raw[-raw.data_ptr() % ALIGNMENT :][:nbytes] if size else raw
-            if size:
-                self._blocks.add(block.data_ptr(), block.data_ptr() + nbytes)
-            self.allocated_bytes += size
-            self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)
+            return self._enter(block, size)
+
+    def _enter(self, block: torch.Tensor, size: int) -> torch.Tensor:
+        if size:
+            self._blocks.add(block.data_ptr(), block.data_ptr() + block.numel())
+        self.allocated_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)
         return block
+
+    def recycle(self, block: torch.Tensor) -> None:
+        """Keep the memory of a freed block that nothing uses any more for the next request of its size: a device's memory is
+        there, while the host's is mapped page by page when it is first written, which takes longer than a fast link."""
+        size = align(block.numel())
+        with self._lock:
+            if size and self.allocated_bytes + self._recycled_bytes + size <= self.capacity_bytes:
+                self._recycled.setdefault(block.numel(), []).append(block)
+                self._recycled_bytes += size
 
     def free(self, block: torch.Tensor) -> None:
         """Take a block out of the books. ValueError unless it is a living one, whole."""

@@ -405,3 +405,23 @@ def test_a_copy_with_pageable_memory_blocks_its_caller_and_is_counted(streams, l
         streams.copy(host, block, streams.offload_stream)
     assert block.tolist() == host.tolist() == [0, 1, 2, 3]
     assert streams.host_waits == 1
+
+
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_freed_memory_is_handed_out_again_only_without_poison_and_after_its_last_use(poisoned: bool) -> None:
+    streams = SimulatedStreams(capacity_bytes=1 << 20, bandwidth=1e12, latency=0.0, poison=poisoned)
+    host = HostMemory(streams)
+    master = host.allocate(4096)
+    host.pin(master)
+    block = streams.allocate(4096)
+    with streams.hold_copies("onload"):
+        streams.copy(block, master, streams.onload_stream)
+        last_use = streams.record(streams.onload_stream)
+        streams.free(block, (last_use,))
+        early = streams.allocate(4096)
+        assert early.data_ptr() != block.data_ptr()
+    streams.synchronize(last_use)
+    again = streams.allocate(4096)
+    assert (again.data_ptr() == block.data_ptr()) is not poisoned
+    assert streams.allocated_bytes == 8192
+    streams.close()
