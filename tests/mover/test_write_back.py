@@ -59,7 +59,7 @@ def test_a_change_inside_forward_is_written_back_once(change: Callable[[Leaf], N
 
 
 @pytest.mark.parametrize("leafwise", [True, False])
-@pytest.mark.parametrize("change", [halve, replace, assign, to_half])
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_change_inside_a_learning_pass(change: Callable[[Leaf], None], leafwise: bool) -> None:
     streams = recorded()
     net, twin = pair()
