@@ -17,8 +17,9 @@ from torch import nn
 from lib_async_lowvram.claims import claim, release
 from lib_async_lowvram.context import Context
 from lib_async_lowvram.core.stats import Counters
+from lib_async_lowvram.device.dense import packable
 from lib_async_lowvram.device.loose import LooseTensors, loose_bytes
-from lib_async_lowvram.device.weights import Change, Unit, packable
+from lib_async_lowvram.device.weights import Change, Unit
 from lib_async_lowvram.modules import ModuleTree
 from lib_async_lowvram.network_spec import NetworkSpec
 from lib_async_lowvram.unit_table import UnitTable
@@ -43,6 +44,7 @@ class Contents:
         self._weightless: list[weakref.ref[nn.Module]] = []
         self.announced: frozenset[int] = frozenset()
         self.resized = False
+        self._loose: LooseTensors | None = None  # those on the device, while the network is in use
         self.rebuild()
 
     # -- modules -------------------------------------------------------------------------------------------------------
@@ -156,19 +158,23 @@ class Contents:
             context.host_ranges.add(unit.master)
 
     def guard_loose(self, loose: LooseTensors, on: bool) -> None:
-        """While buffers are on the device, nobody may read their host copies: tell the placement checker."""
+        """`loose` is on the device from now on, or no longer; nobody may read its host copies meanwhile."""
+        self._loose = loose if on else None
         ranges = self._context.host_ranges
         if ranges is not None:
             for tensor in loose.host_tensors():
                 (ranges.add if on else ranges.remove)(tensor)
 
-    def true_up(self, unit: Unit) -> None:
-        """Before an onload of a unit that is on the host: take changes made there as the new truth."""
+    def true_up(self, unit: Unit) -> bool:
+        """Before an onload of a unit that is on the host: take changes made there as the new truth. True when there are none."""
         change = unit.host_change()
         if change is Change.LAYOUT:
             self.adopt(unit)
         elif change is Change.VALUES or unit.dirty:
             unit.accept_versions()
+        else:
+            return True
+        return False
 
     def adopt(self, unit: Unit) -> None:
         """Somebody put other tensors there: pack what is there now. Blocks the host, for copies in flight too: they read
@@ -181,10 +187,15 @@ class Contents:
         before = unit.nbytes
         unit.pack()
         self._guard(unit)
-        # What cannot be packed moves as a loose tensor, from the next time the network is entered.
+        # What cannot be packed moves as a loose tensor: now, and with a place in the plan from the next pass on.
         members = [module for ref in unit.members if (module := ref()) is not None]
         loose = any(not packable(each) for module in members for each in module._parameters.values() if each is not None)
         self.resized = self.resized or loose or unit.nbytes != before
+        entered = self._loose
+        if loose and entered is not None:
+            self.guard_loose(entered, False)
+            entered.add(members)
+            self.guard_loose(entered, True)
 
     def mark_dirty(self, module: nn.Module) -> bool:
         """Somebody wrote `module`'s weights without a trace (through `.data`). True when they are ours."""

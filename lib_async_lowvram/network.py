@@ -25,6 +25,7 @@ from lib_async_lowvram.core.plan import Plan
 from lib_async_lowvram.core.stats import Counters
 from lib_async_lowvram.device.weights import Unit
 from lib_async_lowvram.hook_set import HookSet
+from lib_async_lowvram.kept import Kept
 from lib_async_lowvram.leaf_clock import LeafClock
 from lib_async_lowvram.learned import Learned
 from lib_async_lowvram.log import logger
@@ -40,6 +41,7 @@ class Network:
 
     Attributes:
         contents: its modules and units. order, plan, learned: what it follows; the latter None before it has learned.
+        kept: what the learning pass left on the device for the next one.
         in_pass: between a pass's start and end; thread: that runs it. opened_by_caller: through `AsyncModelMover.running`.
     """
 
@@ -55,6 +57,7 @@ class Network:
         self.order = ExecutionOrder()
         self.plan: Plan | None = None
         self.learned: Learned | None = None
+        self.kept = Kept(context.streams)
         self._plan_inputs: tuple | None = None
         self.in_pass = False
         self.thread: int | None = None
@@ -142,8 +145,8 @@ class Network:
         span = self.contents.span
         return self.opened_by_caller or span is None or is_running(self.thread, span)
 
-    def end_pass(self, complete: bool = True) -> None:
-        """The pass ended; `complete` unless an exception cut it short."""
+    def end_pass(self, complete: bool = True, leaving: bool = False) -> None:
+        """The pass ended; `complete` unless an exception cut it short. `leaving`: device memory goes next."""
         if not self.in_pass:
             return
         if self.context.checker is not None:
@@ -153,12 +156,14 @@ class Network:
         self._firing = 0
         if self._regions is not None:
             regions, self._regions = self._regions, None
-            observed = regions.close()
-            self.context.peaks.learning(False)
+            observed = regions.close(keep=complete and not leaving)
             if observed is not None:
                 self.counters.learning_passes += 1
                 if complete and observed.firings:
-                    self._learn(observed)
+                    self._learn(observed, leaving)
+                else:
+                    self.kept.reduce_to(())
+            self.context.peaks.learning(False)
         elif self._streaming is not None:
             with self.judged(False):
                 self._streaming.end_pass(complete)
@@ -171,7 +176,7 @@ class Network:
                 self._streaming.settle()
         self._on_end()
 
-    def _learn(self, observed: Observed) -> None:
+    def _learn(self, observed: Observed, leaving: bool) -> None:
         contents = self.contents
         contents.join(observed.fired, observed.inside)
         in_step = self.context.streams.knows_stalls
@@ -180,6 +185,8 @@ class Network:
         self._stale_plan = True
         self.hooks.observe(False)
         self.hooks.units_on()
+        if not leaving:
+            self._make_plan(self.context.budget())
 
     def timed(self, clock: LeafClock) -> None:
         """A complete pass was timed leaf by leaf; its figures are read when the device has got there."""
@@ -228,6 +235,7 @@ class Network:
         self.plan = plan
         for unit in units:
             unit.resident = unit.index in plan.resident
+        self.kept.reduce_to(unit for unit in units if unit.resident)
         self.order.learn(unit for unit, _ in self.learned.steps if unit not in plan.resident)
         self._stale_plan = self.contents.resized = False
 
@@ -247,10 +255,11 @@ class Network:
 
     def leave(self) -> None:
         """Masters true and published, device memory given back. Blocks the host until nothing is in flight."""
-        self.end_pass(complete=self._ends_by_itself)
+        self.end_pass(complete=self._ends_by_itself, leaving=True)
         self._give_back()
 
     def _give_back(self) -> None:
+        self.kept.reduce_to(())
         if self._streaming is not None:
             streaming, self._streaming = self._streaming, None
             with self.judged(False):

@@ -126,18 +126,18 @@ class RegionPass:
                 unit.to(UnitState.READY)
                 unit.publish()
 
-    def _let_go(self, all_of_them: bool = False) -> None:
+    def _let_go(self, all_of_them: bool = False, keep: bool = False) -> None:
         if self._loose is not None:
             self._loose.leave()
             self._loose = None
         stay = [] if all_of_them else self._always
         for unit in self._on_device:
             if unit not in stay:
-                self._unload(unit)
+                self._unload(unit, keep)
         self._on_device = [unit for unit in self._on_device if unit in stay]
         self._held = None
 
-    def _unload(self, unit: Unit) -> None:
+    def _unload(self, unit: Unit, keep: bool) -> None:
         streams = self._streams
         memory = unit.memory
         consumed = streams.record(self._consumer)  # not the calling thread's: another one may close the pass
@@ -165,14 +165,18 @@ class RegionPass:
             unit.dirty = False
         unit.to(UnitState.HOST)
         unit.unbind()
-        streams.free(memory, (consumed,))
+        if keep and change is not Change.LAYOUT:
+            self._network.kept.put(unit, memory, consumed)
+        else:
+            streams.free(memory, (consumed,))
 
     # -- the end -------------------------------------------------------------------------------------------------------
-    def close(self) -> Observed | None:
-        """Everything back to the host. What was observed, or None when nothing was."""
+    def close(self, keep: bool) -> Observed | None:
+        """Everything back to the host; with `keep`, what is on the device now stays there as well, in the network's `kept`.
+        What was observed, or None when nothing was."""
         self._mark(None)
         with self._network.judged(False):
-            self._let_go(all_of_them=True)
+            self._let_go(all_of_them=True, keep=keep and self._observe)
             if self._root_loose is not None:
                 self._root_loose.leave()
         if not self._observe:

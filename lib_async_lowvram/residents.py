@@ -30,6 +30,7 @@ class Residents:
         self._contents = network.contents
         self._arena = arena
         self._transfers = transfers
+        self._streams = network.context.streams
         units = [network.contents.units[index] for index in network.plan.resident]
         # Those nobody announces first, then as they fire.
         units.sort(key=lambda unit: (self._announced(unit), self.place(unit), unit.index))
@@ -63,9 +64,18 @@ class Residents:
 
     def _onload(self, unit: Unit) -> None:
         self._expected.remove(unit)
-        self._contents.true_up(unit)
+        unchanged = self._contents.true_up(unit)
+        kept = self._network.kept.take(unit)
+        if kept is not None:
+            memory, used = kept
+            self._arena.adopt(unit.index, memory)
+            self._streams.wait(self._streams.current_stream(), used)
         unit.bind(self._arena.block(unit.index, unit.nbytes))
-        self._transfers.onload(unit)
+        if kept is not None and unchanged:
+            unit.to(UnitState.ONLOADING)
+            unit.copied = used  # the learning pass has made this copy
+        else:
+            self._transfers.onload(unit, behind=None if kept is None else self._streams.current_stream())
         self._arrived.append(unit)
         if not self._announced(unit):
             self._transfers.wait_and_publish(unit)

@@ -20,14 +20,14 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from lib_async_lowvram.core.ring import Ring
 from lib_async_lowvram.core.states import UnitState
 from lib_async_lowvram.device.arena import Arena
 from lib_async_lowvram.device.loose import LooseTensors
-from lib_async_lowvram.device.streams import Event, Stream
+from lib_async_lowvram.device.streams import Event
 from lib_async_lowvram.device.weights import Change, Unit
 from lib_async_lowvram.leaf_clock import LeafClock
 from lib_async_lowvram.residents import Residents
+from lib_async_lowvram.slots import Slots
 from lib_async_lowvram.transfers import Transfers
 
 if TYPE_CHECKING:
@@ -45,25 +45,30 @@ class Streaming:
         self._contents = network.contents
         self._units = units = network.contents.units
         plan = network.plan
-        self._ring = Ring(plan.offsets, {unit: units[unit].nbytes for unit in plan.offsets}, plan.ring_bytes)
-        self.arena = Arena(self._streams, plan.ring_bytes, {unit: units[unit].nbytes for unit in sorted(plan.resident)})
+        waited_for = {unit: units[unit].nbytes for unit in sorted(plan.resident) if units[unit] not in network.kept}
+        self.arena = Arena(self._streams, plan.ring_bytes, waited_for)
         self._issued = 0  # occurrences after the order's position whose onload is issued
         self._in_use: dict[int, Unit] = {}
         self._started: dict[int, float] = {}  # for the trace only
-        self._spare: dict[int, object] = {}  # units that outgrew their slot: their own block until released
         self._written_back: Event | None = None  # the newest of this pass
         self._timed = False  # whether a complete pass was timed since the network was entered
         self._consumer = self._streams.current_stream()  # of the last acquire or publication
         self._transfers = Transfers(network.context, network.counters)
+        self._slots = Slots(self._streams, plan, units, self.arena, self._transfers)
         self._loose: LooseTensors | None = None
         try:
             self._loose = LooseTensors(self._streams, self._contents.modules(), self._contents.unmanaged)
             self._contents.guard_loose(self._loose, True)
             self._residents = Residents(network, self.arena, self._transfers)
         except BaseException:
+            # Residents nobody announces may be on their way already.
+            streams = self._streams
+            settled = streams.record(streams.onload_stream)
+            streams.synchronize(settled)
+            self._units_back()
             if self._loose is not None:
                 self._leave_loose()
-            self.arena.close(())
+            self.arena.close((settled, streams.record(streams.current_stream())))
             raise
 
     def _leave_loose(self) -> None:
@@ -83,6 +88,7 @@ class Streaming:
             return
         if unit.resident:
             self._residents.arrive(unit)
+            self._consumer = self._streams.current_stream()
             return
         counters = self._counters
         followed = self._order.advance(unit.index)
@@ -97,7 +103,10 @@ class Streaming:
         stale = self._check_master(unit)
         if unit.state is UnitState.HOST or unit.state is UnitState.WRITE_BACK:
             counters.misses += 1
-            self._onload(unit, in_ring=self._make_room(unit))
+            in_ring = self._slots.fits(unit)
+            if in_ring and self._slots.evict(unit):
+                self.resynchronise()
+            self._slots.onload(unit, in_ring)
         elif stale:
             counters.refetches += 1
             self._transfers.onload(unit, behind=self._streams.current_stream())  # a copy that was kept may be in use yet
@@ -120,7 +129,7 @@ class Streaming:
         if change is Change.LAYOUT:
             self._settle(unit)
             if unit.state is UnitState.ONLOADING or unit.state is UnitState.READY:
-                self._vacate(unit, self._streams.current_stream())
+                self._slots.vacate(unit, self._streams.current_stream())
             self._contents.adopt(unit)
             return False
         if unit.state is UnitState.WRITE_BACK:
@@ -157,7 +166,7 @@ class Streaming:
             unit.to(UnitState.WRITE_BACK)
             self._contents.adopt(unit)
             unit.to(UnitState.HOST)
-            self._vacate(unit, consumer)
+            self._slots.vacate(unit, consumer)
             return
         if change is Change.VALUES:
             self._transfers.write_back(unit, consumer)
@@ -168,97 +177,34 @@ class Streaming:
             if unit.state is not UnitState.READY:
                 unit.to(UnitState.READY)  # the copy kept here is the newer one
         else:
-            self._vacate(unit, consumer)
-
-    def _vacate(self, unit: Unit, consumer: Stream) -> None:
-        """Forget the device copy; its place may be overwritten after what has been enqueued so far."""
-        streams = self._streams
-        if unit.state is UnitState.WRITE_BACK:
-            fence, key = unit.written, "write-back"  # after the consumer's last use, too
-        elif unit.state is UnitState.ONLOADING:
-            fence, key = unit.copied, "onload"
-            unit.to(UnitState.HOST)
-        else:
-            fence, key = streams.record(consumer), consumer
-            if unit.written is not None:
-                # Kept after a change: the write-back that still reads the slot must be over as well.
-                streams.wait(streams.offload_stream, fence)
-                fence, key = streams.record(streams.offload_stream), "write-back"
-            if unit.state is not UnitState.HOST:
-                if unit.state is UnitState.IN_USE:
-                    unit.to(UnitState.READY)
-                unit.to(UnitState.HOST)
-        unit.pending = 0
-        spare = self._spare.pop(unit.index, None)
-        if spare is not None:
-            unit.unbind()
-            streams.free(spare, (fence,))
-            return
-        ring = self._ring
-        vacant = streams.discard(self.arena.slot(ring.offsets[unit.index], ring.nbytes[unit.index]), fence)
-        ring.vacate(unit.index, key if vacant is fence else ("discard", unit.index), vacant)
+            self._slots.vacate(unit, consumer)
 
     # -- onloads -------------------------------------------------------------------------------------------------------
     def issue_ahead(self) -> None:
         """Enqueue as many further onloads as there is room for, in execution order."""
-        order, units, ring = self._order, self._units, self._ring
+        order, units, slots = self._order, self._units, self._slots
         count = len(order)
         while self._issued < count:
             unit = units[order.ahead(self._issued + 1)]
             if self._residents.expected:
                 self._residents.onload_before(unit)
             if unit.state is UnitState.HOST or unit.state is UnitState.WRITE_BACK:
-                if unit.nbytes > ring.nbytes[unit.index]:
-                    self._issued += 1  # outgrew its slot: fetched on demand until the next plan
+                if slots.outgrown(unit):
+                    self._issued += 1
                     continue
-                if not ring.is_free(unit.index) and not self._evict_unwanted(unit):
+                if not slots.free_unwanted(unit):
                     return
-                self._onload(unit)
+                slots.onload(unit)
             unit.pending += 1
             self._issued += 1
         while self._residents.expected:
             self._residents.onload_next()
 
-    def _evict_unwanted(self, unit: Unit) -> bool:
-        """Free `unit`'s place if only copies nobody is waiting for stand there."""
-        standing = [self._units[other] for other in self._ring.blockers(unit.index)]
-        if any(other.pending or other.depth for other in standing):
-            return False
-        for other in standing:
-            self._vacate(other, self._streams.current_stream())
-        return True
-
-    def _make_room(self, unit: Unit) -> bool:
-        """Free `unit`'s place at once, dropping prefetched copies if need be. False when it must have a block of its own:
-        it outgrew its slot, or a unit in use calls it, which the learning pass did not see."""
-        blockers = [self._units[other] for other in self._ring.blockers(unit.index)]
-        if unit.nbytes > self._ring.nbytes[unit.index] or any(blocker.depth for blocker in blockers):
-            return False
-        for blocker in blockers:
-            self._vacate(blocker, self._streams.current_stream())
-        if blockers:
-            self.resynchronise()
-        return True
-
     def resynchronise(self) -> None:
         """The order jumped: what is on the device stays, but nothing counts as issued any more."""
         self._issued = 0
-        for index in self._ring.live:
-            self._units[index].pending = 0
-
-    def _onload(self, unit: Unit, in_ring: bool = True) -> None:
-        """Take `unit`'s place, free by now, or a block of its own, and enqueue its copy."""
-        if unit.state is UnitState.WRITE_BACK:
-            unit.to(UnitState.HOST)  # for the copy stream, which waits below; the host has not waited
-        streams, ring = self._streams, self._ring
-        if not in_ring:
-            memory = self._spare[unit.index] = streams.allocate(unit.nbytes)
-        else:
-            for fence in ring.occupy(unit.index):
-                streams.wait(streams.onload_stream, fence)
-            memory = self.arena.slot(ring.offsets[unit.index], unit.nbytes)
-        unit.bind(memory)
-        self._transfers.onload(unit)
+        for unit in self._slots.standing:
+            unit.pending = 0
 
     # -- the end -------------------------------------------------------------------------------------------------------
     def finish_leftovers(self) -> None:
@@ -307,18 +253,8 @@ class Streaming:
             self._counters.write_back_waits += 1
             self._streams.synchronize(newest)
 
-    def close(self) -> None:
-        """Masters true and published, nothing in flight, memory given back. Blocks the host."""
-        streams = self._streams
-        self._join()
-        self.finish_leftovers()
-        self._residents.sweep()
-        for fence in self._ring.fences():
-            streams.wait(streams.onload_stream, fence)
-        settled = [streams.record(streams.onload_stream), streams.record(streams.offload_stream)]
-        for event in settled:
-            streams.synchronize(event)
-        consumed = streams.record(streams.current_stream())
+    def _units_back(self) -> None:
+        """Every unit points at its master. Nothing is in flight."""
         for unit in self._units:
             if unit.state is UnitState.HOST and unit.memory is None:
                 continue
@@ -329,8 +265,20 @@ class Streaming:
             unit.unbind()
             unit.pending = unit.depth = 0
             unit.copied = unit.written = None
+
+    def close(self) -> None:
+        """Masters true and published, nothing in flight, memory given back. Blocks the host."""
+        streams = self._streams
+        self._join()
+        self.finish_leftovers()
+        self._residents.sweep()
+        for fence in self._slots.fences():
+            streams.wait(streams.onload_stream, fence)
+        settled = [streams.record(streams.onload_stream), streams.record(streams.offload_stream)]
+        for event in settled:
+            streams.synchronize(event)
+        consumed = streams.record(streams.current_stream())
+        self._units_back()
         self._leave_loose()
-        for block in self._spare.values():
-            streams.free(block, (consumed, *settled))
-        self._spare.clear()
+        self._slots.close((consumed, *settled))
         self.arena.close((consumed, *settled))

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from lib_async_lowvram.device.dense import group_by_sharing
 from lib_async_lowvram.device.host_memory import HostMemory
-from lib_async_lowvram.device.weights import Unit, group_by_sharing
+from lib_async_lowvram.device.weights import Unit
 from lib_async_lowvram.modules import Tree
 
 

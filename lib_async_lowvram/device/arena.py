@@ -42,6 +42,10 @@ class Arena:
             block = self._blocks[unit] = self._streams.allocate(nbytes)
         return block[:nbytes]
 
+    def adopt(self, unit: int, block: torch.Tensor) -> None:
+        """A block allocated elsewhere is this resident unit's from now on."""
+        self._blocks[unit] = block
+
     def release_block(self, unit: int, after: tuple[Event, ...]) -> None:
         """Give one unit's block back behind `after`; nothing if it has none."""
         block = self._blocks.pop(unit, None)

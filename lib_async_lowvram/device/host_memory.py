@@ -34,14 +34,20 @@ logger = logging.getLogger("async_lowvram")
 
 
 class _Ledger:
-    """What lives and what is pinned, by address. Shared by a `HostMemory` and its blocks."""
+    """What lives and what is pinned, by address. Shared by a `HostMemory` and its blocks. What is pinned keeps the device that
+    must unpin it; what is not keeps nothing, or a model would keep the device of a mover that is long gone."""
 
-    __slots__ = ("living", "pinned", "streams")
+    __slots__ = ("living", "pinned")
 
-    def __init__(self, streams: Streams) -> None:
-        self.streams = streams
+    def __init__(self) -> None:
         self.living: dict[int, int] = {}
-        self.pinned: dict[int, int] = {}
+        self.pinned: dict[int, tuple[int, Streams]] = {}
+
+    def unpin(self, address: int) -> None:
+        """Undo a pin, if there is one."""
+        _, streams = self.pinned.pop(address, (0, None))
+        if streams is not None:
+            streams.unpin(address)
 
 
 class _Block(mmap.mmap):
@@ -60,8 +66,7 @@ class _Block(mmap.mmap):
     def __del__(self) -> None:
         ledger = self.ledger
         if ledger is not None:
-            if ledger.pinned.pop(self.address, None) is not None:
-                ledger.streams.unpin(self.address)
+            ledger.unpin(self.address)
             ledger.living.pop(self.address, None)
 
 
@@ -77,7 +82,8 @@ class HostMemory:
         """`pinned_limit_bytes`: 0 for automatic, 40% of RAM on Windows, 60% elsewhere."""
         self.set_limit(pinned_limit_bytes)
         self.refusals = 0
-        self._ledger = _Ledger(streams)
+        self._streams = streams
+        self._ledger = _Ledger()
         self._lock = threading.Lock()
 
     def allocate(self, nbytes: int) -> torch.Tensor:
@@ -112,18 +118,18 @@ class HostMemory:
             if wanted > self.pinned_limit_bytes:
                 self._refused(f"{nbytes} bytes more would be {wanted} of at most {self.pinned_limit_bytes}")
                 return False
-            if not self._ledger.streams.pin(address, nbytes):
-                self._refused(f"{self._ledger.streams.name} would not pin {nbytes} bytes (pinned so far: {self.pinned_bytes})")
+            if not self._streams.pin(address, nbytes):
+                self._refused(f"{self._streams.name} would not pin {nbytes} bytes (pinned so far: {self.pinned_bytes})")
                 return False
-            self._ledger.pinned[address] = nbytes
+            self._ledger.pinned[address] = (nbytes, self._streams)
             return True
 
     def unpin(self, block: torch.Tensor) -> None:
         """Undo `pin`; a block that is not pinned stays so. The caller has made sure no copy still uses it."""
         address, nbytes = self._whole(block)
         with self._lock:
-            if nbytes and self._ledger.pinned.pop(address, None) is not None:
-                self._ledger.streams.unpin(address)
+            if nbytes:
+                self._ledger.unpin(address)
 
     def is_pinned(self, block: torch.Tensor) -> bool:
         """Whether the block is pinned now. Nothing at all counts as pinned: copying it blocks nobody."""
@@ -133,7 +139,7 @@ class HostMemory:
     @property
     def pinned_bytes(self) -> int:
         """Bytes pinned now, as requested; the last page of each block is locked whole."""
-        return sum(self._ledger.pinned.copy().values())
+        return sum(nbytes for nbytes, _ in self._ledger.pinned.copy().values())
 
     @property
     def host_bytes(self) -> int:

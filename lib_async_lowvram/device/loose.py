@@ -18,8 +18,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from lib_async_lowvram.device.dense import as_bytes, packable
 from lib_async_lowvram.device.streams import Streams, align
-from lib_async_lowvram.device.weights import as_bytes, packable
 
 _Place = tuple[weakref.ref, str, str]  # (module, "_buffers" or "_parameters", name)
 
@@ -76,16 +76,23 @@ class LooseTensors:
 
     def __init__(self, streams: Streams, modules: Iterable[nn.Module], unmanaged: Iterable[nn.Module] = ()) -> None:
         self._streams = streams
+        self._unmanaged = {id(module) for module in unmanaged}
         self._moved: list[_Moved] = []
         try:
-            with torch.inference_mode(False), torch.no_grad():
-                for tensor, places in _find(modules, {id(module) for module in unmanaged}):
-                    there = tensor.device == streams.device and streams.device.type != "cpu"
-                    if tensor.device.type != "meta" and not there:
-                        self._moved.append(_Moved(streams, tensor, places))
+            self.add(modules)
         except BaseException:
             self.leave()
             raise
+
+    def add(self, modules: Iterable[nn.Module]) -> None:
+        """Move those of `modules` that are not on the device yet."""
+        streams = self._streams
+        known = {id(tensor) for moved in self._moved for tensor in (moved.original, moved.shown)}
+        with torch.inference_mode(False), torch.no_grad():
+            for tensor, places in _find(modules, self._unmanaged):
+                there = tensor.device == streams.device and streams.device.type != "cpu"
+                if id(tensor) not in known and tensor.device.type != "meta" and not there:
+                    self._moved.append(_Moved(streams, tensor, places))
 
     def host_tensors(self) -> list[torch.Tensor]:
         """The host copies of what has memory on the device now: nobody may read them meanwhile."""

@@ -20,13 +20,14 @@ and on the device alike; strides are kept; tensors that are the same view of the
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from enum import Enum
 
 import torch
 from torch import nn
 
 from lib_async_lowvram.core.states import UnitState, transition
+from lib_async_lowvram.device.dense import byte_range, packable
 from lib_async_lowvram.device.host_memory import HostMemory
 from lib_async_lowvram.device.streams import Event, align
 
@@ -39,33 +40,6 @@ class Change(Enum):
     LAYOUT = 2  # other tensors, dtypes, shapes, or another number of them
 
 
-def packable(tensor: torch.Tensor, *, inference: bool = False) -> bool:
-    """Whether a tensor can travel as bytes: plain, strided, dense, with memory of its own.
-
-    Subclasses, sparse, quantised, expanded or overlapping tensors cannot, nor meta tensors; those move as stock moves them.
-    Nor those born in inference mode, unless `inference`: they have no version, and their data cannot be assigned.
-    """
-    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout is not torch.strided:
-        return False
-    if tensor.is_inference() and not inference:
-        return False
-    if tensor.is_quantized or tensor.device.type == "meta" or tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg():
-        return False
-    expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=False) if size != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a dense tensor as a one-dimensional uint8 tensor over the same storage."""
-    nbytes = tensor.numel() * tensor.element_size()
-    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return flat.set_(tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size(), (nbytes,), (1,))
-
-
 def view_bytes(memory: torch.Tensor, offset: int, like: Entry) -> torch.Tensor:
     """`like`'s dtype, shape and strides over `memory` (uint8), `offset` bytes in."""
     flat = memory[offset : offset + like.nbytes].view(like.dtype)
@@ -75,13 +49,17 @@ def view_bytes(memory: torch.Tensor, offset: int, like: Entry) -> torch.Tensor:
 class Entry:
     """One parameter of one member: its place in the pack and what it is expected to look like."""
 
-    __slots__ = ("device", "device_ptr", "dtype", "master", "master_ptr", "name", "nbytes", "offset", "seen", "shape", "stride", "version")
+    __slots__ = (
+        *("name", "offset", "nbytes", "dtype", "itemsize", "shape", "stride"),
+        *("seen", "version", "master", "master_ptr", "device", "device_ptr"),
+    )
 
     def __init__(self, name: str, parameter: torch.Tensor, offset: int) -> None:
         self.name = name
         self.seen = weakref.ref(parameter)  # to tell another Parameter over the same bytes; keeps nothing alive
         self.offset = offset
-        self.nbytes = parameter.numel() * parameter.element_size()
+        self.itemsize = parameter.element_size()
+        self.nbytes = parameter.numel() * self.itemsize
         self.dtype = parameter.dtype
         self.shape = parameter.shape
         self.stride = parameter.stride()
@@ -191,10 +169,15 @@ class Unit:
         if address == self._bound_to:
             return
         with torch.inference_mode(False), torch.no_grad():
+            flat: dict[torch.dtype, torch.Tensor] = {}  # one view per dtype, not per entry: entering a network binds hundreds
             for mine in self.entries:
                 for entry in mine:
-                    entry.device = view_bytes(memory, entry.offset, entry)
-                    entry.device_ptr = entry.device.data_ptr()
+                    whole = flat.get(entry.dtype)
+                    if whole is None:
+                        whole = flat[entry.dtype] = memory[: memory.numel() // entry.itemsize * entry.itemsize].view(entry.dtype)
+                    start = whole.storage_offset() + entry.offset // entry.itemsize
+                    entry.device = whole.as_strided(entry.shape, entry.stride, start)
+                    entry.device_ptr = address + entry.offset
         self._bound_to = address
 
     def unbind(self) -> None:
@@ -271,47 +254,3 @@ class Unit:
             for entry in mine:
                 entry.version = module._parameters[entry.name]._version
         self.dirty = False
-
-
-def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
-    """[start, end) addresses of a dense tensor."""
-    start = tensor.data_ptr()
-    return start, start + tensor.numel() * tensor.element_size()
-
-
-def group_by_sharing(modules: Sequence[nn.Module]) -> tuple[list[list[nn.Module]], list[nn.Module]]:
-    """(groups, unmanaged): modules that own packable parameters, those that share bytes with each other in one group.
-
-    Two parameters may be the same bytes (tied); a module with one that overlaps another only in part is unmanaged, since
-    packing would tear them apart. Order of first appearance is kept.
-    """
-    spans: list[tuple[torch.device, int, int, int]] = []
-    for number, module in enumerate(modules):
-        for parameter in module._parameters.values():
-            if parameter is not None and packable(parameter):
-                spans.append((parameter.device, *byte_range(parameter), number))
-    leader = list(range(len(modules)))
-
-    def find(number: int) -> int:
-        while leader[number] != number:
-            number = leader[number]
-        return number
-
-    torn: set[int] = set()
-    reach: tuple[torch.device, int, int, int] | None = None  # the span reaching furthest so far
-    for span in sorted(spans, key=lambda span: (str(span[0]), span[1], -span[2])):
-        device, start, end, number = span
-        if reach is not None and reach[0] == device and start < reach[2]:
-            if (start, end) == reach[1:3]:
-                first, second = sorted((find(number), find(reach[3])))
-                leader[second] = first
-            else:
-                torn |= {number, reach[3]}
-        if reach is None or reach[0] != device or end > reach[2]:
-            reach = span
-    torn_groups = {find(number) for number in torn}
-    groups: dict[int, list[nn.Module]] = {}
-    for number in dict.fromkeys(number for _, _, _, number in sorted(spans, key=lambda span: span[3])):
-        groups.setdefault(find(number), []).append(modules[number])
-    unmanaged = [module for number in torn_groups for module in groups[number]]
-    return [group for number, group in groups.items() if number not in torn_groups], unmanaged

@@ -205,8 +205,10 @@ class Integration:
             return stock(*args, **kwargs)
         finally:
             # The empty prompt has just been encoded, outside any job; another thread may be the next to change weights, and
-            # would find a text encoder that never says that it is done (SD2's) still in use by this one.
-            self._drain()
+            # would find a text encoder that never says that it is done (SD2's) still in use by this one. One that has said so
+            # stays on the device, as under stock, for the prompt that comes next.
+            if self._models.mover is not None and self._models.mover.in_pass:
+                self._drain()
 
     def _on_trash(self, stock: Callable, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with self._lock:

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from lib_async_lowvram.core.states import IllegalTransition, UnitState
+from lib_async_lowvram.device.dense import as_bytes, group_by_sharing, packable
 from lib_async_lowvram.device.host_memory import HostMemory
 from lib_async_lowvram.device.simulated import SimulatedStreams
 from lib_async_lowvram.device.streams import ALIGNMENT, align
-from lib_async_lowvram.device.weights import Change, Unit, as_bytes, group_by_sharing, packable
+from lib_async_lowvram.device.weights import Change, Unit
 
 
 @pytest.fixture

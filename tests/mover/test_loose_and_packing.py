@@ -47,3 +47,22 @@ def test_what_a_region_pass_packs_anew_is_freed_behind_the_packing():
     same(net, twin, streams)
     mover.detach()
     streams.check()
+
+
+def test_a_parameter_that_cannot_be_packed_is_on_the_device_in_the_very_next_pass():
+    """Born in inference mode, and assigned between two passes: the acquire that adopts the rest moves it, too."""
+    streams = simulated()
+    net, twin = pair()
+    mover = attached(net, streams)
+    with torch.inference_mode():
+        weight = torch.randn(256, 8)
+        net.leaves[2].weight = nn.Parameter(weight.clone())
+    twin.leaves[2].weight = nn.Parameter(weight.clone(), requires_grad=False)
+    seen = []
+    net.leaves[2].register_forward_pre_hook(lambda leaf, _: seen.append(streams.owns(leaf.weight.data_ptr())))
+    for _ in range(3):
+        same(net, twin, streams)
+    assert mover.status()["placement_faults"] == 0
+    mover.detach()
+    assert seen == [True] * 3
+    assert not streams.owns(net.leaves[2].weight.data_ptr())

@@ -274,3 +274,16 @@ def test_a_closed_mover_leaves_nothing_but_the_model() -> None:
     gc.collect()
     assert gone() is None
     same(net, twin, simulated())
+
+
+def test_a_model_that_was_detached_does_not_keep_the_device():
+    """Its masters live on as ordinary memory; they keep neither the streams nor their threads."""
+    net, _ = pair()
+    streams = SimulatedStreams(capacity_bytes=64 * LEAF_BYTES)
+    mover = attached(net, streams)
+    call(net, streams)
+    mover.detach()
+    gone = weakref.ref(streams)
+    del mover, streams
+    gc.collect()
+    assert gone() is None

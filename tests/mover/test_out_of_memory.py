@@ -95,3 +95,37 @@ def test_the_automatic_budget_is_what_is_free_less_the_reserve(capacity: int, bu
     call(net, streams)  # what the network holds by now counts as free
     assert mover.status()["budget_bytes"] == budget
     mover.detach()
+
+
+class Silent(nn.Module):
+    """Two leaves that never fire: their weights are read from outside, so they are resident, and on their way at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chain = Chain()
+        self.first = nn.Linear(8, 256, bias=False)
+        self.second = nn.Linear(8, 256, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.chain(x) + self.first.weight.sum() + self.second.weight.sum()
+
+
+def test_while_residents_are_on_their_way() -> None:
+    capacity = 32 * LEAF_BYTES
+    streams = simulated(capacity_bytes=capacity)
+    net, twin = pair(Silent)
+    mover = attached(whole(net), streams, run=net)
+    ring = mover.status()["ring_bytes"]
+    mover.drain()
+    for each in (net, twin):
+        each.second.weight = nn.Parameter(torch.cat([each.second.weight.detach()] * 4), requires_grad=False)
+    hog = streams.allocate(capacity - ring - 3 * LEAF_BYTES)  # enough for both as they were
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        call(net, streams)
+    mover.drain()
+    streams.free(hog)
+    assert streams.allocated_bytes == 0
+    for _ in range(3):
+        same(net, twin, streams)
+    mover.detach()
+    assert streams.allocated_bytes == 0

@@ -197,3 +197,16 @@ def test_configure_and_status_from_another_thread_in_the_middle_of_a_pass() -> N
     assert mover.status()["ring_bytes"] == 0
     assert mover.status()["resident_bytes"] == 6 * LEAF_BYTES
     mover.detach()
+
+
+def test_residents_used_for_the_first_time_on_another_thread_than_the_pass_was_opened_on():
+    streams = recorded()
+    net, twin = pair()
+    mover = attached(NetworkSpec([Region(net)], None), streams, 1 << 20, passes=0)
+    with torch.no_grad(), mover.running("net"):
+        same(net, twin, streams)
+    with torch.no_grad(), mover.running("net"):
+        on_thread(lambda: same(net, twin, streams))
+    mover.drain()
+    mover.detach()
+    streams.check()

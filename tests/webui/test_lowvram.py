@@ -170,9 +170,12 @@ def test_controlnet_asks_at_the_start_of_every_pass(webui, recording):
     assert recording.mover.named("drain")
 
 
-def test_nothing_stays_in_flight_after_loading(webui, recording):
+@pytest.mark.parametrize("still_open", [True, False])
+def test_a_pass_that_loading_left_open_is_ended(webui, recording, still_open):
     webui.sd_models.load_model(tiny_models.make)
-    assert recording.mover.calls[-1] == ("drain",)
+    recording.mover.in_pass = still_open
+    webui.sd_models.load_beside(tiny_models.make)
+    assert (recording.mover.calls[-1] == ("drain",)) == still_open
 
 
 def test_a_deepcopied_block_behaves_as_stock(webui, recording):

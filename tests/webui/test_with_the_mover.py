@@ -89,6 +89,20 @@ def test_same_pictures_job_after_job(webui, moving, kind):
     assert all(network["learning_passes"] == 1 for network in status["networks"].values())
 
 
+def test_after_loading_the_text_encoder_stays_for_the_first_prompt(webui, moving):
+    webui.sd_models.load_model(lambda: tiny_models.make("sdxl"))
+    assert moving.status()["in_use"] == "text"
+    assert moving.status()["allocated_bytes"] > 0
+    webui.sd_models.send_model_to_cpu(webui.sd_models.model_data.sd_model)
+    assert moving.status()["allocated_bytes"] == 0
+
+
+def test_after_loading_one_that_never_says_it_is_done_is_off_the_device(webui, moving):
+    webui.sd_models.load_model(lambda: tiny_models.make("sd2"))
+    assert moving.status()["in_use"] is None
+    assert moving.status()["allocated_bytes"] == 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_text_encoder_that_nobody_hijacked(webui, moving, kind):
     """Then the module around the one that opens the pass is called, too."""

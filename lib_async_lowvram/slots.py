@@ -1,0 +1,123 @@
+"""The ring of a network in use: each streamed unit's place in it, who stands there, and copies into it.
+
+Problem: a place in the ring is overwritten by copies that other streams issue, while its last reader may still be computing.
+So a place is vacated *behind* an event, whoever comes next waits for that on the copy stream (never on the host, I3), and
+nothing is allocated on the way (I2) - except for a unit that has no place: one that outgrew it since the plan was made, or
+one that a unit in use calls, which the learning pass did not see. It gets a block of its own until it is vacated.
+
+Called by `streaming` under the mover's lock, on the thread that runs the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lib_async_lowvram.core.plan import Plan
+from lib_async_lowvram.core.ring import Ring
+from lib_async_lowvram.core.states import UnitState
+from lib_async_lowvram.device.arena import Arena
+from lib_async_lowvram.device.streams import Event, Stream, Streams
+from lib_async_lowvram.device.weights import Unit
+from lib_async_lowvram.transfers import Transfers
+
+
+class Slots:
+    """See the module. Takes no memory itself: the ring is `arena`'s slab."""
+
+    def __init__(self, streams: Streams, plan: Plan, units: Sequence[Unit], arena: Arena, transfers: Transfers) -> None:
+        self._streams = streams
+        self._units = units
+        self._arena = arena
+        self._transfers = transfers
+        self._ring = Ring(plan.offsets, {unit: units[unit].nbytes for unit in plan.offsets}, plan.ring_bytes)
+        self._own: dict[int, torch.Tensor] = {}  # blocks of units that have no place
+
+    # -- looking -------------------------------------------------------------------------------------------------------
+    def outgrown(self, unit: Unit) -> bool:
+        """Whether it no longer fits its place: fetched on demand until the next plan."""
+        return unit.nbytes > self._ring.nbytes[unit.index]
+
+    def fits(self, unit: Unit) -> bool:
+        """Whether its place can be made free now: large enough, and nobody there is in use."""
+        return not self.outgrown(unit) and not any(blocker.depth for blocker in self._blockers(unit))
+
+    @property
+    def standing(self) -> list[Unit]:
+        """Units that have a place taken."""
+        return [self._units[index] for index in self._ring.live]
+
+    def fences(self) -> Sequence[Event]:
+        """What whoever overwrites the ring must have waited for."""
+        return self._ring.fences()
+
+    def _blockers(self, unit: Unit) -> list[Unit]:
+        return [self._units[other] for other in self._ring.blockers(unit.index)]
+
+    # -- taking and giving ---------------------------------------------------------------------------------------------
+    def free_unwanted(self, unit: Unit) -> bool:
+        """Free `unit`'s place if nobody stands there, or only copies nobody is waiting for. Whether it is free."""
+        if self._ring.is_free(unit.index):
+            return True
+        standing = self._blockers(unit)
+        if any(other.pending or other.depth for other in standing):
+            return False
+        for other in standing:
+            self.vacate(other, self._streams.current_stream())
+        return True
+
+    def evict(self, unit: Unit) -> bool:
+        """Free the place of a unit that `fits` at once, dropping prefetched copies if need be. Whether any were dropped."""
+        blockers = self._blockers(unit)
+        for blocker in blockers:
+            self.vacate(blocker, self._streams.current_stream())
+        return bool(blockers)
+
+    def vacate(self, unit: Unit, consumer: Stream) -> None:
+        """Forget the device copy; its place may be overwritten after what has been enqueued so far."""
+        streams = self._streams
+        if unit.state is UnitState.WRITE_BACK:
+            fence, key = unit.written, "write-back"  # after the consumer's last use, too
+        elif unit.state is UnitState.ONLOADING:
+            fence, key = unit.copied, "onload"
+            unit.to(UnitState.HOST)
+        else:
+            fence, key = streams.record(consumer), consumer
+            if unit.written is not None:
+                # Kept after a change: the write-back that still reads the slot must be over as well.
+                streams.wait(streams.offload_stream, fence)
+                fence, key = streams.record(streams.offload_stream), "write-back"
+            if unit.state is not UnitState.HOST:
+                if unit.state is UnitState.IN_USE:
+                    unit.to(UnitState.READY)
+                unit.to(UnitState.HOST)
+        unit.pending = 0
+        own = self._own.pop(unit.index, None)
+        if own is not None:
+            unit.unbind()
+            streams.free(own, (fence,))
+            return
+        ring = self._ring
+        vacant = streams.discard(self._arena.slot(ring.offsets[unit.index], ring.nbytes[unit.index]), fence)
+        ring.vacate(unit.index, key if vacant is fence else ("discard", unit.index), vacant)
+
+    def onload(self, unit: Unit, in_ring: bool = True) -> None:
+        """Take `unit`'s place, free by now, or a block of its own, and enqueue its copy."""
+        if unit.state is UnitState.WRITE_BACK:
+            unit.to(UnitState.HOST)  # for the copy stream, which waits below; the host has not waited
+        streams, ring = self._streams, self._ring
+        if not in_ring:
+            memory = self._own[unit.index] = streams.allocate(unit.nbytes)
+        else:
+            for fence in ring.occupy(unit.index):
+                streams.wait(streams.onload_stream, fence)
+            memory = self._arena.slot(ring.offsets[unit.index], unit.nbytes)
+        unit.bind(memory)
+        self._transfers.onload(unit)
+
+    def close(self, after: tuple[Event, ...]) -> None:
+        """Give back the blocks of units without a place, behind `after`. The caller has dropped its views."""
+        for block in self._own.values():
+            self._streams.free(block, after)
+        self._own.clear()
