@@ -33,6 +33,8 @@ class OffloadConfig:
         pinned_limit_bytes: page-locked host memory. Automatic: 40% of RAM on Windows, 60% elsewhere.
         small_leaf_bytes: units smaller than this stay resident whenever the budget allows: copies of them are all latency.
         reserve_bytes: device memory the automatic budget leaves alone.
+        always_write_back: take every use of a unit for a change: for programs that write weights through `.data`, which leaves
+            no trace. Slow: all weights travel both ways, in every pass.
         check_placement: run streamed passes under the placement checker and count its faults (slow; for tests).
     """
 
@@ -41,6 +43,7 @@ class OffloadConfig:
     pinned_limit_bytes: int = 0
     small_leaf_bytes: int = MIB
     reserve_bytes: int = 1024 * MIB
+    always_write_back: bool = False
     check_placement: bool = False
 
     def __post_init__(self) -> None:

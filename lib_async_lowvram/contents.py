@@ -30,6 +30,7 @@ class Contents:
 
     Attributes:
         announced: indices of units whose anchor's call announces them (after learning).
+        packings: grows whenever any unit is packed.
         resized: an adopted unit changed its size since the flag was last taken: the plan no longer fits.
     """
 
@@ -44,6 +45,7 @@ class Contents:
         self._weightless: list[weakref.ref[nn.Module]] = []
         self.announced: frozenset[int] = frozenset()
         self.resized = False
+        self.packings = 0
         self._loose: LooseTensors | None = None  # those on the device, while the network is in use
         self.rebuild()
 
@@ -125,6 +127,7 @@ class Contents:
         """Look at the tree again and make the units match. Everything must be on the host."""
         tree = self._tree.scan()
         self._table.rebuild(tree)
+        self.packings += 1
         self._modules = [weakref.ref(module) for module in tree.modules]
         self._weightless = [
             weakref.ref(module)
@@ -142,6 +145,7 @@ class Contents:
         """A learning pass saw these modules (by id) fire, and some inside others: give every unit an anchor, or make it
         resident."""
         span = self.span
+        self.packings += 1
         self.announced = frozenset(self._table.join_silent(self._tree.scan(), fired, inside, [] if span is None else [span]))
         self.pin()
 
@@ -186,6 +190,7 @@ class Contents:
         self._counters.adopted += 1
         before = unit.nbytes
         unit.pack()
+        self.packings += 1
         self._guard(unit)
         # What cannot be packed moves as a loose tensor: now, and with a place in the plan from the next pass on.
         members = [module for ref in unit.members if (module := ref()) is not None]
@@ -197,12 +202,12 @@ class Contents:
             entered.add(members)
             self.guard_loose(entered, True)
 
-    def mark_dirty(self, module: nn.Module) -> bool:
-        """Somebody wrote `module`'s weights without a trace (through `.data`). True when they are ours."""
+    def mark_dirty(self, module: nn.Module) -> Unit | None:
+        """Somebody wrote `module`'s weights without a trace (through `.data`). Its unit, if they are ours."""
         unit = self._table.unit_of(module)
         if unit is not None:
             unit.dirty = True
-        return unit is not None
+        return unit
 
     def release(self) -> None:
         """No longer managed: the masters become ordinary host memory, and another mover may take the modules."""

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lib_async_lowvram.backups import Backups
 from lib_async_lowvram.claims import refuse_claimed
 from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.context import Context
@@ -45,6 +46,7 @@ class AsyncModelMover:
         streams: the device. config: what applies from the next pass on.
         on_demote: called with the reason after `demote` has put everything back.
         on_network_change: called with the name of the network that takes the device, or None when it is left.
+        backups: for who patches weights in place and undoes it later.
         demoted: the reason, once `demote` was called; "" before. last_error: the newest error, one line.
     """
 
@@ -62,6 +64,7 @@ class AsyncModelMover:
         self._context = Context(self.streams, host, self.config, checker, ranges)
         self._networks: dict[str, Network] = {}
         self._current: Network | None = None
+        self.backups = Backups(self._context, lambda: self._current)
         self._deferred: list[Callable[[], None]] = []
         self.on_demote: Callable[[str], None] | None = None
         self.on_network_change: Callable[[str | None], None] | None = None
@@ -239,7 +242,10 @@ class AsyncModelMover:
     def mark_dirty(self, module: nn.Module) -> bool:
         """Tell of a change nobody can see: weights of `module` written through `.data`. False when they are not ours."""
         with self._context.lock:
-            return any([network.contents.mark_dirty(module) for network in self._networks.values()])
+            units = [unit for network in self._networks.values() if (unit := network.contents.mark_dirty(module)) is not None]
+            for unit in units:
+                self.backups.forget(unit)
+            return bool(units)
 
     def demote(self, reason: str) -> None:
         """Give up for good: detach everything, keep the reason, tell the host."""
@@ -263,4 +269,6 @@ class AsyncModelMover:
     def status(self) -> dict[str, Any]:
         """What DESIGN.md's Status lists, and more; JSON-ready. Bytes, seconds."""
         with self._context.lock:
-            return describe(self._context, self._networks, self._current, self.demoted, self.last_error)
+            described = describe(self._context, self._networks, self._current, self.demoted, self.last_error)
+            backups = {"backup_bytes_from_masters": self.backups.copied_bytes, "restore_bytes_spared": self.backups.spared_bytes}
+            return {**described, **backups}

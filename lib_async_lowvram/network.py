@@ -99,6 +99,8 @@ class Network:
             self.hooks.observe(False)
             self.contents.rebuild()
             self.learned = self.plan = self._plan_inputs = None
+        for unit in self.contents.units:
+            unit.suspect = context.config.always_write_back
         self.in_pass = True
         self.thread = threading.get_ident()
         try:
@@ -174,6 +176,8 @@ class Network:
             self._clock.end(complete)
             with self.judged(False):
                 self._streaming.settle()
+            if self.context.config.always_write_back:
+                self._give_back()  # whoever writes to masters now leaves no trace, either: all of them travel again
         self._on_end()
 
     def _learn(self, observed: Observed, leaving: bool) -> None:

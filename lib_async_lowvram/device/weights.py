@@ -51,7 +51,7 @@ class Entry:
 
     __slots__ = (
         *("name", "offset", "nbytes", "dtype", "itemsize", "shape", "stride"),
-        *("seen", "version", "master", "master_ptr", "device", "device_ptr"),
+        *("seen", "version", "master", "master_ptr", "device", "device_ptr", "__weakref__"),
     )
 
     def __init__(self, name: str, parameter: torch.Tensor, offset: int) -> None:
@@ -69,6 +69,20 @@ class Entry:
         self.device: torch.Tensor | None = None
         self.device_ptr = 0
 
+    def is_published(self, parameter: torch.Tensor) -> bool:
+        """Whether `parameter` points at the device memory and looks as it did when it was packed."""
+        return self.device is not None and self.looks_like(parameter, self.device_ptr)
+
+    def looks_like(self, parameter: torch.Tensor, address: int) -> bool:
+        """Whether `parameter` is the one packed, at `address`, with the same dtype, shape and strides."""
+        return (
+            self.seen() is parameter
+            and parameter.data_ptr() == address
+            and parameter.dtype is self.dtype
+            and parameter.shape == self.shape
+            and parameter.stride() == self.stride
+        )
+
 
 class Unit:
     """What travels as one packed copy.
@@ -80,6 +94,7 @@ class Unit:
         memory: its device memory (uint8), or None. copied, written: events of the onload and the write-back in question.
         shared: several leaves hold the same bytes. must_reside: it cannot stream. resident: the plan keeps it on the device.
         pending: uses within the lookahead still to come. depth: acquires not yet released.
+        dirty: somebody said that it was changed. suspect: taken for changed whenever it was on the device.
     """
 
     def __init__(self, index: int, name: str, members: Iterable[nn.Module], host: HostMemory) -> None:
@@ -98,6 +113,7 @@ class Unit:
         self.pending = 0
         self.depth = 0
         self.dirty = False
+        self.suspect = False
         self._bound_to = 0
         self._host = host
         self.master: torch.Tensor | None = None
@@ -219,7 +235,7 @@ class Unit:
     def device_change(self) -> Change:
         """What differs from what `publish` set, looking at parameters that should point at the device memory."""
         found = self._change(True)
-        return Change.VALUES if self.dirty and found is Change.NONE else found
+        return Change.VALUES if (self.dirty or self.suspect) and found is Change.NONE else found
 
     def _change(self, on_device: bool) -> Change:
         change = Change.NONE
@@ -232,14 +248,7 @@ class Unit:
                 return Change.LAYOUT
             for entry in mine:
                 parameter = held.get(entry.name)
-                if (
-                    parameter is None
-                    or entry.seen() is not parameter
-                    or parameter.data_ptr() != (entry.device_ptr if on_device else entry.master_ptr)
-                    or parameter.dtype is not entry.dtype
-                    or parameter.shape != entry.shape
-                    or parameter.stride() != entry.stride
-                ):
+                if parameter is None or not entry.looks_like(parameter, entry.device_ptr if on_device else entry.master_ptr):
                     return Change.LAYOUT
                 if parameter._version != entry.version:
                     change = Change.VALUES

@@ -28,6 +28,7 @@ from lib_async_lowvram.log import logger
 from lib_async_lowvram.webui import patching
 from lib_async_lowvram.webui.device_claim import DeviceClaim
 from lib_async_lowvram.webui.host import Host
+from lib_async_lowvram.webui.lora import LoraBackups
 from lib_async_lowvram.webui.models import ManagedModels
 from lib_async_lowvram.webui.regions import UNET
 from lib_async_lowvram.webui.settings import SettingsReader
@@ -66,6 +67,7 @@ class Integration:
         self._in_job = False
         self._closing = False
         self._device = DeviceClaim(self._host_lowvram, self._drain)
+        self._lora = LoraBackups(lambda: getattr(self._models.mover, "backups", None))
         self._lock = threading.RLock()
 
     def _open_mover(self) -> Any:
@@ -98,6 +100,7 @@ class Integration:
         yield self._host_models, "load_model", self._on_load
         yield state, "begin", self._on_begin
         yield state, "end", self._on_end
+        yield from self._lora.patches()
 
     def close(self) -> None:
         """Give the host back as it was. During a job this waits for the job's end: its thread may be inside a pass."""

@@ -21,6 +21,7 @@ CATEGORY = "sd"
 ENABLED = "async_lowvram_enabled"
 PREFIX = "async_lowvram_"
 SIZES = ("lookahead_mb", "budget_mb", "pinned_mb")
+ALWAYS_WRITE_BACK = "async_lowvram_always_write_back"
 CHECK_PLACEMENT_VARIABLE = "ASYNC_LOWVRAM_CHECK_PLACEMENT"
 
 _REMEMBERED_MESSAGES = 64
@@ -58,6 +59,14 @@ _OPTIONS: dict[str, tuple[str, str, dict[str, Any], Any, str]] = {
         "how much main memory may be locked for fast transfers; 0 = automatic: 60% of RAM, 40% on Windows; lower it if other programs run "
         "short of memory; weights beyond it travel more slowly",
     ),
+    ALWAYS_WRITE_BACK: (
+        "Always write weights back",
+        "Checkbox",
+        {},
+        False,
+        "for extensions that change weights in ways nobody can see: if pictures under such an extension differ from the WebUI's own, "
+        "try this; much slower, since all weights then travel both ways at every step; LoRA and the like are seen without it",
+    ),
 }
 
 
@@ -88,21 +97,26 @@ class SettingsReader:
         self._config = OffloadConfig()
 
     def enabled(self) -> bool:
-        """Whether the user wants the mover. Anything that is neither yes nor no means the default."""
-        default = _OPTIONS[ENABLED][3]
-        raw = self._values().get(ENABLED, default)
+        """Whether the user wants the mover."""
+        return self._yes(ENABLED)
+
+    def _yes(self, key: str) -> bool:
+        """A checkbox. Anything that is neither yes nor no means the default."""
+        default = _OPTIONS[key][3]
+        raw = self._values().get(key, default)
         if isinstance(raw, (bool, int, float)) and raw in (0, 1):
             return bool(raw)
-        self._tell(f"setting {ENABLED}: {str(raw)[:40]!r} is neither yes nor no, taken as {'yes' if default else 'no'}")
+        self._tell(f"setting {key}: {str(raw)[:40]!r} is neither yes nor no, taken as {'yes' if default else 'no'}")
         return default
 
     def config(self) -> OffloadConfig:
-        """The sizes the user wants, clamped. Cheap when nothing has changed: three look-ups and a comparison."""
+        """What the user wants, sizes clamped. Cheap when nothing has changed: four look-ups and a comparison."""
         values = self._values()
-        raw = tuple(values.get(PREFIX + key, 0) for key in SIZES)
+        raw = (*(values.get(PREFIX + key, 0) for key in SIZES), values.get(ALWAYS_WRITE_BACK, False))
         if self._raw is None or not _same(raw, self._raw):
             self._raw = raw
-            self._config, messages = OffloadConfig.parse(dict(zip(SIZES, raw, strict=True)), check_placement=self._check_placement)
+            fixed = {"check_placement": self._check_placement, "always_write_back": self._yes(ALWAYS_WRITE_BACK)}
+            self._config, messages = OffloadConfig.parse(dict(zip(SIZES, raw, strict=False)), **fixed)
             for message in messages:
                 self._tell(f"setting {PREFIX}{message}")
         return self._config

@@ -8,7 +8,7 @@ import pytest
 
 from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.webui import settings
-from lib_async_lowvram.webui.settings import ENABLED, PREFIX, SettingsReader
+from lib_async_lowvram.webui.settings import ALWAYS_WRITE_BACK, ENABLED, PREFIX, SettingsReader
 
 MIB = 1 << 20
 
@@ -20,12 +20,13 @@ def reader(values):
 def test_registered_with_a_text_people_understand(webui):
     settings.register()
     labels = webui.shared.opts.data_labels
-    assert set(labels) == {ENABLED, *(PREFIX + key for key in settings.SIZES)}
+    assert set(labels) == {ENABLED, ALWAYS_WRITE_BACK, *(PREFIX + key for key in settings.SIZES)}
     for option in labels.values():
         assert option.section == ("async_lowvram", "Async LowVRAM")
         assert option.category_id == "sd"
         assert len(option.comment_after) > 40
     assert webui.data[ENABLED] is True
+    assert webui.data[ALWAYS_WRITE_BACK] is False
     assert [webui.data[PREFIX + key] for key in settings.SIZES] == [0, 0, 0]
     assert [labels[PREFIX + key].component_args["maximum"] for key in settings.SIZES] == [4096, 24576, 65536]
 
@@ -45,6 +46,16 @@ def test_before_registration_the_defaults_hold(webui):
 def test_sizes_are_megabytes():
     config = reader({PREFIX + "lookahead_mb": 64, PREFIX + "budget_mb": 1.5, PREFIX + "pinned_mb": "128"}).config()
     assert config == OffloadConfig(lookahead_bytes=64 * MIB, budget_bytes=MIB * 3 // 2, pinned_limit_bytes=128 * MIB)
+
+
+@pytest.mark.parametrize(("value", "meant"), [(True, True), (1, True), (False, False), ("abc", False), (None, False), (7, False)])
+def test_always_write_back(value, meant, said):
+    values = {ALWAYS_WRITE_BACK: value}
+    read = reader(values)
+    assert read.config() == OffloadConfig(always_write_back=meant)
+    assert said().count(ALWAYS_WRITE_BACK) == (value not in (0, 1))
+    values[ALWAYS_WRITE_BACK] = not meant
+    assert read.config() == OffloadConfig(always_write_back=not meant)
 
 
 @pytest.mark.parametrize("hostile", ["abc", -5, None, math.nan, True, [], {}, "", -math.inf, b"12", "9" * 5000 + "x"])
