@@ -1,6 +1,6 @@
-"""The command line: `python -m lib_async_lowvram demo`.
+"""The command line: `python -m lib_async_lowvram demo`, `... bench`.
 
-Exit codes: 0 all well; 1 the demo's outputs differ from the resident model's; 2 it could not run: wrong arguments, a missing
+Exit codes: 0 all well; 1 outputs differ from the resident model's; 2 it could not run: wrong arguments, a missing
 package, a device that cannot be used, an output folder that cannot be written. Importing this module imports nothing heavy,
 so that `--help` and messages about missing packages come at once.
 """
@@ -15,7 +15,8 @@ from pathlib import Path
 
 from lib_async_lowvram import __version__
 
-DEMO_NEEDS = ("torch", "numpy", "safetensors", "tqdm", "matplotlib")
+BENCH_NEEDS = ("torch", "numpy", "safetensors", "tqdm")
+DEMO_NEEDS = (*BENCH_NEEDS, "matplotlib")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0, help="of the weights and inputs (default: 0)")
     demo.add_argument("--passes", type=_at_least_one, default=9, help="passes to measure per contender (default: 9)")
     demo.set_defaults(run=_demo)
+    bench = commands.add_parser(
+        "bench",
+        help="measurements: what a change of LoRA costs",
+        description="Workload `patching`: the first passes after a LoRA is used, changed and removed, under stock's block moves and "
+        "under the mover, as a table; outputs are compared bit for bit.",
+    )
+    bench.add_argument("workload", choices=["patching"])
+    bench.add_argument("--device", help="cuda, cuda:1 ... or simulated (default: CUDA where there is one, else simulated)")
+    bench.add_argument("--seed", type=int, default=0, help="of weights, inputs and LoRA (default: 0)")
+    bench.add_argument("--rounds", type=_at_least_one, default=3, help="how often each event is measured (default: 3)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    bench.set_defaults(run=_bench)
     options = parser.parse_args(arguments)
     return options.run(options)
 
@@ -53,6 +66,26 @@ def _demo(options: argparse.Namespace) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     if not summary["bitwise_equal"]:
+        print("error: the outputs are not bit for bit equal to the resident model's", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    missing = [package for package in BENCH_NEEDS if find_spec(package) is None]
+    if missing:
+        return _failed(f"the benchmark needs {', '.join(missing)}: python -m pip install {' '.join(missing)}")
+    from lib_async_lowvram.bench.patching import PatchingSettings, run_patching
+    from lib_async_lowvram.device.choose import UnsupportedDevice
+
+    try:
+        result = run_patching(PatchingSettings(device=options.device, seed=options.seed, rounds=options.rounds, json=options.json))
+    except (UnsupportedDevice, OSError) as error:
+        return _failed(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    if not result["bitwise_equal"]:
         print("error: the outputs are not bit for bit equal to the resident model's", file=sys.stderr)
         return 1
     return 0

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from lib_async_lowvram.bench.contenders import Async, Contender, Inputs, Resident, Stock, largest_block_bytes
-from lib_async_lowvram.bench.measuring import Passes, make_inputs
+from lib_async_lowvram.bench.measuring import Passes, make_inputs, one_compute_thread
 from lib_async_lowvram.bench.profile import Profile, profile
 from lib_async_lowvram.bench.report import Timeline, draw_timelines, megabytes, milliseconds, table, write_trace
 from lib_async_lowvram.bench.unet import load_checkpoint, write_checkpoint
@@ -86,7 +85,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         streams = open_streams(settings.device)
         stack.callback(streams.close)
         if isinstance(streams, SimulatedStreams):
-            stack.enter_context(_one_compute_thread())
+            stack.enter_context(one_compute_thread())
         summary, timelines = _Demo(settings, streams, stack).run()
     title = (
         f"One UNet pass, device {summary['device']}: weights {megabytes(summary['total_weight_bytes'])}, "
@@ -256,13 +255,3 @@ class _Demo:
             self._progress.update()
 
         return profile(resident.model, resident.streams, [partial(one_pass, self._inputs[n % INPUTS]) for n in range(PROFILED)])
-
-
-@contextlib.contextmanager
-def _one_compute_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

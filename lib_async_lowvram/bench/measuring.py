@@ -10,7 +10,8 @@ Called on the thread that runs the models.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from statistics import median, quantiles
 from time import perf_counter
 
@@ -35,6 +36,17 @@ def make_inputs(count: int, latent: int, seed: int, device: torch.device, dtype:
         timesteps = torch.full((BATCH,), 999.0 * (count - index) / count)
         inputs.append((picture.to(device, dtype), timesteps.to(device), context.to(device, dtype)))
     return inputs
+
+
+@contextmanager
+def one_compute_thread() -> Iterator[None]:
+    """On the simulated device the other cores are the copy engines'."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
