@@ -52,6 +52,7 @@ class Streaming:
         self._started: dict[int, float] = {}  # for the trace only
         self._written_back: Event | None = None  # the newest of this pass
         self._timed = False  # whether a complete pass was timed since the network was entered
+        self._unseen = {unit.index for unit in units if not unit.resident}  # not onloaded since the network was entered
         self._consumer = self._streams.current_stream()  # of the last acquire or publication
         self._transfers = Transfers(network.context, network.counters)
         self._slots = Slots(self._streams, plan, units, self.arena, self._transfers)
@@ -194,11 +195,20 @@ class Streaming:
                     continue
                 if not slots.free_unwanted(unit):
                     return
+                self._first_look(unit)
                 slots.onload(unit)
             unit.pending += 1
             self._issued += 1
         while self._residents.expected:
             self._residents.onload_next()
+
+    def _first_look(self, unit: Unit) -> None:
+        """Values written while the network was left (a checkpoint loaded in place writes them all) are this onload's source, and
+        no reason to fetch again. Other tensors put there are adopted when the unit is acquired."""
+        if unit.index in self._unseen:
+            self._unseen.discard(unit.index)
+            if unit.state is UnitState.HOST and unit.host_change() is not Change.LAYOUT:
+                unit.accept_versions()
 
     def resynchronise(self) -> None:
         """The order jumped: what is on the device stays, but nothing counts as issued any more."""

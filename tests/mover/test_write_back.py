@@ -251,3 +251,27 @@ def test_a_host_change_through_data_that_was_told_of_is_fetched() -> None:
     same(net, twin, streams)
     assert mover.status()["refetches"] == 1
     mover.detach()
+
+
+@pytest.mark.parametrize("budget", [1, 5 * LEAF_BYTES, EVERYTHING])
+def test_weights_written_while_the_network_is_left_travel_once(budget: int) -> None:
+    """A checkpoint loaded in place writes every master before the next pass."""
+    streams = recorded()
+    net, twin = pair()
+    mover = attached(net, streams, budget)
+    counts = []
+    for factor in (None, 0.5, None):
+        mover.drain()
+        if factor is not None:
+            with torch.no_grad():
+                for parameter in (*net.parameters(), *twin.parameters()):
+                    parameter.mul_(factor)
+        before = mover.status()
+        same(net, twin, streams)
+        after = mover.status()
+        counts.append({key: after[key] - before[key] for key in ("refetches", "adopted", "write_backs", "streamed_bytes")})
+    assert counts[0] == counts[1] == counts[2]
+    assert counts[1]["refetches"] == 0
+    assert counts[1]["streamed_bytes"] > 0
+    streams.check()
+    mover.detach()
