@@ -2,10 +2,14 @@
 
 Problem: post hooks do not run for a BaseException (the WebUI's interrupt), so a pass that was interrupted stays open, and a
 drain asked for by another thread would be put off for ever. The thread's own stack knows better.
+
+Before Python 3.12 `sys._current_frames` holds the interpreter's list of threads locked while it allocates; a garbage collection
+that starts there and finds a `threading.local` wants the same lock, and the process stands still. So none may start there.
 """
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from torch import nn
@@ -13,7 +17,13 @@ from torch import nn
 
 def is_running(thread: int | None, module: nn.Module) -> bool:
     """Whether a frame of `thread` (by `threading.get_ident`) has `module` as its `self`: its call, or its forward."""
-    frame = sys._current_frames().get(thread)
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        frame = sys._current_frames().get(thread)
+    finally:
+        if collects:
+            gc.enable()
     while frame is not None:
         if frame.f_locals.get("self") is module:
             return True
