@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lib_async_lowvram.arguments import moved
 from lib_async_lowvram.device.weights import Unit
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class SpanActor:
         with network.context.lock:
             network.begin_pass()
             network.running(module)
-        return network.moved(args, kwargs)
+        return moved(args, kwargs, network.context.streams.device)
 
     def after(self, module: nn.Module) -> None:
         network = self._network
@@ -55,7 +56,7 @@ class UnitActor:
         network = self._network
         with network.context.lock:
             network.acquire(self._unit, module)
-        return network.moved(args, kwargs)
+        return moved(args, kwargs, network.context.streams.device)
 
     def after(self, module: nn.Module) -> None:
         network = self._network
@@ -75,7 +76,7 @@ class ObserverActor:
         network = self._network
         with network.context.lock:
             network.observe(module)
-        return network.moved(args, kwargs) if module._parameters else None
+        return moved(args, kwargs, network.context.streams.device) if module._parameters else None
 
     def after(self, module: nn.Module) -> None:
         with self._network.context.lock:

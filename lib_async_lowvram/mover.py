@@ -149,7 +149,7 @@ class AsyncModelMover:
         with self._context.lock:
             nested = network.in_pass and network.thread == threading.get_ident() and network.opened_by_caller
             if not nested:
-                network.begin_pass()
+                network.begin_pass(announced=True)
                 network.opened_by_caller = True
         complete = False
         try:

@@ -31,6 +31,7 @@ from lib_async_lowvram.learned import Learned
 from lib_async_lowvram.log import logger
 from lib_async_lowvram.network_spec import NetworkSpec
 from lib_async_lowvram.pass_clock import PassClock
+from lib_async_lowvram.planning import Planning
 from lib_async_lowvram.region_pass import Observed, RegionPass
 from lib_async_lowvram.running import is_running
 from lib_async_lowvram.streaming import Streaming
@@ -40,7 +41,7 @@ class Network:
     """See the module.
 
     Attributes:
-        contents: its modules and units. order, plan, learned: what it follows; the latter None before it has learned.
+        contents: its modules and units. order: what it follows.
         kept: what the learning pass left on the device for the next one.
         in_pass: between a pass's start and end; thread: that runs it. opened_by_caller: through `AsyncModelMover.running`.
     """
@@ -55,10 +56,8 @@ class Network:
         self.counters = Counters()
         self.contents = Contents(spec, context, self.counters)
         self.order = ExecutionOrder()
-        self.plan: Plan | None = None
-        self.learned: Learned | None = None
+        self._planning = Planning(name)
         self.kept = Kept(context.streams)
-        self._plan_inputs: tuple | None = None
         self.in_pass = False
         self.thread: int | None = None
         self.opened_by_caller = False
@@ -67,14 +66,24 @@ class Network:
         self._open_ended = spec.open_ended
         self._streaming: Streaming | None = None
         self._regions: RegionPass | None = None
+        self._undecided = False  # a pass that somebody opened: which kind it is, the first module to fire tells
+        self._left_standing: RegionPass | None = None  # over, but `backward` may come yet
         self._opener: weakref.ref[nn.Module] | None = None  # what started a pass nobody announced
         self._opener_streams = False  # whether that is a streamed unit's anchor
         self._firing = 0  # observed modules running now, one inside the other
-        self._stale_plan = False
-        self._leaf_clocks: list[LeafClock] = []
         self._clock = PassClock(context.streams, self.counters)
         self.hooks = HookSet(self, spec.open_ended)
         self.hooks.observe(True)
+
+    @property
+    def plan(self) -> Plan | None:
+        """What it follows; None before it has learned."""
+        return self._planning.plan
+
+    @property
+    def learned(self) -> Learned | None:
+        """What its learning pass and later ones taught."""
+        return self._planning.learned
 
     @property
     def entered(self) -> bool:
@@ -87,8 +96,9 @@ class Network:
         return contextlib.nullcontext() if checker is None or on else checker.suspended()
 
     # -- passes --------------------------------------------------------------------------------------------------------
-    def begin_pass(self) -> None:
-        """A pass starts on the calling thread. One that is still open (a BaseException, an open end) is closed first."""
+    def begin_pass(self, announced: bool = False) -> None:
+        """A pass starts on the calling thread. One that is still open (a BaseException, an open end) is closed first.
+        `announced`: nothing runs yet, so whether gradients are on now says nothing."""
         self.end_pass(complete=self._ends_by_itself)
         self._on_begin(self)
         context = self.context
@@ -98,21 +108,30 @@ class Network:
             self.hooks.units_off()
             self.hooks.observe(False)
             self.contents.rebuild()
-            self.learned = self.plan = self._plan_inputs = None
+            self._planning.forget()
         for unit in self.contents.units:
             unit.suspect = context.config.always_write_back
         self.in_pass = True
         self.thread = threading.get_ident()
         try:
-            if torch.is_grad_enabled() or self.learned is None:
-                self._begin_moving_regions()
+            if announced and torch.is_grad_enabled():
+                self._give_back()  # arrived residents would fire unnoticed
+                self.hooks.observe(True)
+                self._undecided = True
             else:
-                self._begin_streaming()
+                self._begin_moving()
         except BaseException:
             self.end_pass(complete=False)
             raise
         if context.checker is not None:
             context.checker.enter()
+
+    def _begin_moving(self) -> None:
+        self._undecided = False
+        if torch.is_grad_enabled() or self.learned is None:
+            self._begin_moving_regions()
+        else:
+            self._begin_streaming()
 
     def _begin_moving_regions(self) -> None:
         self._give_back()
@@ -123,7 +142,7 @@ class Network:
 
     def _begin_streaming(self) -> None:
         self.hooks.observe(False)
-        if self._stale_plan or self.contents.resized:
+        if self._planning.stale or self.contents.resized:
             self._give_back()
         with self.judged(False):
             self._enter()
@@ -153,10 +172,12 @@ class Network:
             return
         if self.context.checker is not None:
             self.context.checker.exit()
-        self.in_pass = False
+        self.in_pass = self._undecided = False
         self._opener = None
         self._firing = 0
-        if self._regions is not None:
+        if self._regions is not None and not self._regions.observes and complete and not leaving:
+            self._left_standing, self._regions = self._regions, None
+        elif self._regions is not None:
             regions, self._regions = self._regions, None
             observed = regions.close(keep=complete and not leaving)
             if observed is not None:
@@ -171,7 +192,7 @@ class Network:
                 self._streaming.end_pass(complete)
                 if self.order.end_pass(complete):
                     self.counters.relearned += 1
-                    self.learned = self.learned.reordered(self.order.sequence, self.plan.resident)
+                    self._planning.reorder(self.order.sequence)
                     self._streaming.resynchronise()
             self._clock.end(complete)
             with self.judged(False):
@@ -184,9 +205,7 @@ class Network:
         contents = self.contents
         contents.join(observed.fired, observed.inside)
         in_step = self.context.streams.knows_stalls
-        self.learned = Learned.of(observed, contents.units, contents.announced, contents.loose_bytes, in_step)
-        self._leaf_clocks.clear()
-        self._stale_plan = True
+        self._planning.learn(Learned.of(observed, contents.units, contents.announced, contents.loose_bytes, in_step))
         self.hooks.observe(False)
         self.hooks.units_on()
         if not leaving:
@@ -194,29 +213,19 @@ class Network:
 
     def timed(self, clock: LeafClock) -> None:
         """A complete pass was timed leaf by leaf; its figures are read when the device has got there."""
-        self._leaf_clocks.append(clock)
-        del self._leaf_clocks[:-4]
-
-    def _read_clocks(self) -> None:
-        unread = []
-        for clock in self._leaf_clocks:
-            figures = clock.read()
-            if figures is None:
-                unread.append(clock)
-            elif self.learned is not None:
-                self.learned = self.learned.refined(*figures)
-        self._leaf_clocks = unread
+        self._planning.timed(clock)
 
     # -- device memory -------------------------------------------------------------------------------------------------
     def _enter(self) -> None:
         """Make a plan for the present budget, and take device memory."""
         if self._streaming is not None:
             return
+        self._clear_standing()
         self._make_plan(self.context.budget())
         try:
             self._streaming = Streaming(self)
         except torch.cuda.OutOfMemoryError as error:
-            least = self.learned.least_budget(self.contents.units)
+            least = self._planning.least_budget(self.contents.units)
             logger.warning("%s: %s; trying the least budget, %d MB", self.name, str(error).splitlines()[0], least >> 20)
             self._make_plan(least)
             self._streaming = Streaming(self)
@@ -224,35 +233,22 @@ class Network:
         self._streaming.issue_ahead()
 
     def _make_plan(self, budget_bytes: int) -> None:
-        self._read_clocks()
-        config = self.context.config
         units = self.contents.units
-        inputs = (budget_bytes, config, self.learned, tuple(unit.nbytes for unit in units))
-        if self._plan_inputs == inputs:
-            plan = self.plan  # entered again, as at every job: planning a thousand units takes a good part of a second
-        else:
-            plan = self.learned.plan(units, budget_bytes, config.lookahead_bytes, config.small_leaf_bytes)
-            self._plan_inputs = inputs
-        if self.plan is None or plan.notes != self.plan.notes:
-            for note in plan.notes:
-                logger.info("%s: %s", self.name, note)
-        self.plan = plan
-        for unit in units:
-            unit.resident = unit.index in plan.resident
+        self._planning.make(units, budget_bytes, self.context.config)
         self.kept.reduce_to(unit for unit in units if unit.resident)
-        self.order.learn(unit for unit, _ in self.learned.steps if unit not in plan.resident)
-        self._stale_plan = self.contents.resized = False
+        self.order.learn(self._planning.streamed_steps())
+        self.contents.resized = False
 
     def replan(self) -> None:
         """The configuration changed: plan anew at the next pass's start."""
-        self._stale_plan = True
+        self._planning.stale = True
 
     def prepare(self) -> None:
         """Start the first onloads now, if the network has learned and gradients are off."""
         if self.learned is not None and not self.busy and not torch.is_grad_enabled() and not self.contents.changed:
             self.end_pass(self._ends_by_itself)
             self._on_begin(self)
-            if self._stale_plan or self.contents.resized:
+            if self._planning.stale or self.contents.resized:
                 self._give_back()
             with self.judged(False):
                 self._enter()
@@ -264,11 +260,18 @@ class Network:
 
     def _give_back(self) -> None:
         self.kept.reduce_to(())
+        self._clear_standing()
         if self._streaming is not None:
             streaming, self._streaming = self._streaming, None
             with self.judged(False):
                 streaming.close()
             self.hooks.units_on()
+
+    def _clear_standing(self) -> None:
+        if self._left_standing is not None:
+            regions, self._left_standing = self._left_standing, None
+            regions.close(keep=False)
+            self.context.peaks.learning(False)
 
     def detach(self) -> None:
         """Leave, take every hook off, unpin."""
@@ -290,15 +293,31 @@ class Network:
             self.begin_pass()  # nobody announced it; it lasts until the network is left or announced
             self._opener = weakref.ref(module)
             self._opener_streams = not unit.resident
+            if self._regions is not None:
+                self.running(module)  # gradients are on; the observer just put on it comes too late for this call
+        if self._undecided:
+            self._begin_moving()
+        elif self._streaming is not None and torch.is_grad_enabled():
+            self._stop_streaming(module)
         if self._streaming is not None:
             with self.judged(False):
                 self._streaming.acquire(unit)
 
     def release(self, unit: Unit) -> None:
         """A unit's anchor has run."""
-        if self._streaming is not None:
+        if self._streaming is not None and torch.is_grad_enabled():
+            self._stop_streaming(unit.anchor())
+        elif self._streaming is not None:
             with self.judged(False):
                 self._streaming.release(unit)
+
+    def _stop_streaming(self, module: nn.Module) -> None:
+        """Gradients came on in the middle of a pass: autograd keeps views of what the ring would overwrite."""
+        self._streaming.share()
+        self._clock.end(complete=False)
+        self.order.end_pass(complete=False)
+        self._begin_moving_regions()
+        self.running(module)
 
     def observe(self, module: nn.Module) -> None:
         """Any module is about to run in a pass that moves regions."""
@@ -320,18 +339,7 @@ class Network:
 
     def running(self, module: nn.Module) -> None:
         """`module` runs now: in a pass that moves regions, its region is needed."""
+        if self._undecided:
+            self._begin_moving()
         if self._regions is not None:
             self._regions.before(module)
-
-    def moved(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """The arguments with tensors on another device moved (the WebUI sends ids to where the weight was), or None."""
-        device = self.context.streams.device
-        if device.type == "cpu":
-            return None
-
-        def move(value: object) -> object:
-            return value.to(device) if isinstance(value, torch.Tensor) and value.device != device else value
-
-        if not any(isinstance(value, torch.Tensor) and value.device != device for value in (*args, *kwargs.values())):
-            return None
-        return tuple(map(move, args)), {key: move(value) for key, value in kwargs.items()}

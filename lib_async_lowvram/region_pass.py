@@ -2,8 +2,12 @@
 
 Two uses. The *learning pass* of a network runs like this while every module is observed: which fire, in what order, nested
 how, for how long. Only with a whole region on the device can a module that holds weights but never fires be found without
-breaking anything. And a pass with gradients enabled runs like this unobserved, because autograd keeps references that a
-ring would overwrite.
+breaking anything.
+
+And a pass with gradients enabled runs like this unobserved, because autograd keeps views of weights that a ring would
+overwrite: their memory lives as long as the graph does. Its last region stays on the device until the network's next pass or
+until it is left, as under stock: `backward` may read the Parameters themselves, and an optimiser step their gradients, which
+move with them.
 
 I2: at most one region's weights (plus loose tensors and weights outside all regions) are on the device: never more than
 stock. Called by `network` on the sampling thread; every copy is waited for.
@@ -15,6 +19,7 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from lib_async_lowvram.core.states import UnitState
@@ -48,7 +53,8 @@ class RegionPass:
     def __init__(self, network: Network, observe: bool) -> None:
         self._network = network
         self._streams = network.context.streams
-        self._observe = observe
+        self.observes = observe
+        self._gradients = not observe  # whether they were on at any time
         self._held: int | None = None
         self._on_device: list[Unit] = []
         self._loose: LooseTensors | None = None
@@ -67,17 +73,18 @@ class RegionPass:
         with network.judged(False):
             self._always = network.contents.units_of(None)
             self._load(self._always)
-            self._root_loose = LooseTensors(self._streams, network.contents.modules_of(None), network.contents.unmanaged)
+            self._root_loose = self._loose_of(None)
         self._mark(None)
 
     # -- what the hooks tell -------------------------------------------------------------------------------------------
     def before(self, module: nn.Module) -> None:
         """A module is about to run: hold its region."""
+        self._gradients = self._gradients or torch.is_grad_enabled()
         self._consumer = self._streams.current_stream()
         region = self._network.contents.region_of(module)
         if region is not None and region != self._held:
             self._hold(region)
-        if self._observe:
+        if self.observes:
             key = id(module)
             self._fired.setdefault(key, weakref.ref(module))
             for outer in self._running:
@@ -87,11 +94,12 @@ class RegionPass:
 
     def after(self, module: nn.Module) -> None:
         """It has run, and with it whatever an exception left running inside."""
+        self._gradients = self._gradients or torch.is_grad_enabled()
         if id(module) in self._running:
             del self._running[self._running.index(id(module)) :]
 
     def _mark(self, what: int | None) -> None:
-        if self._observe:
+        if self.observes:
             streams = self._streams
             self._marks.append((what, streams.record(streams.current_stream(), timing=True)))
 
@@ -102,8 +110,17 @@ class RegionPass:
             self._let_go()
             self._held = region
             self._load(self._network.contents.units_of(region))
-            self._loose = LooseTensors(self._streams, self._network.contents.modules_of(region), self._network.contents.unmanaged)
+            self._loose = self._loose_of(region)
         self._mark(None)
+
+    def _loose_of(self, region: int | None) -> LooseTensors:
+        contents = self._network.contents
+        return LooseTensors(self._streams, contents.modules_of(region), contents.unmanaged)
+
+    def _leave_loose(self, loose: LooseTensors | None) -> None:
+        if loose is not None:
+            loose.shared = self._gradients
+            loose.leave()
 
     def _load(self, units: list[Unit]) -> None:
         streams, network = self._streams, self._network
@@ -125,11 +142,20 @@ class RegionPass:
             if unit.state is UnitState.ONLOADING:
                 unit.to(UnitState.READY)
                 unit.publish()
+                self._gradients_follow(unit)
+
+    def _gradients_follow(self, unit: Unit) -> None:
+        if not self._gradients:
+            return
+        for ref in unit.members:
+            module = ref()
+            for parameter in () if module is None else module._parameters.values():
+                if parameter is not None and parameter.grad is not None and parameter.grad.device != parameter.device:
+                    parameter.grad = parameter.grad.to(parameter.device)
 
     def _let_go(self, all_of_them: bool = False, keep: bool = False) -> None:
-        if self._loose is not None:
-            self._loose.leave()
-            self._loose = None
+        self._leave_loose(self._loose)
+        self._loose = None
         stay = [] if all_of_them else self._always
         for unit in self._on_device:
             if unit not in stay:
@@ -141,6 +167,8 @@ class RegionPass:
         streams = self._streams
         memory = unit.memory
         consumed = streams.record(self._consumer)  # not the calling thread's: another one may close the pass
+        if self._gradients:
+            streams.share(memory, self._consumer)
         if unit.state is UnitState.ONLOADING:  # an error came between its copy and its publication
             streams.synchronize(streams.record(streams.onload_stream))
             unit.to(UnitState.HOST)
@@ -163,6 +191,7 @@ class RegionPass:
                 self._network.counters.write_backs += 1
             unit.unpublish()
             unit.dirty = False
+        self._gradients_follow(unit)
         unit.to(UnitState.HOST)
         unit.unbind()
         if keep and change is not Change.LAYOUT:
@@ -175,13 +204,15 @@ class RegionPass:
         """Everything back to the host; with `keep`, what is on the device now stays there as well, in the network's `kept`.
         What was observed, or None when nothing was."""
         self._mark(None)
+        streams = self._streams
+        if streams.current_stream() != self._consumer:  # another thread closes the pass; loose tensors leave on its stream
+            streams.wait(streams.current_stream(), streams.record(self._consumer))
         with self._network.judged(False):
-            self._let_go(all_of_them=True, keep=keep and self._observe)
-            if self._root_loose is not None:
-                self._root_loose.leave()
-        if not self._observe:
+            self._let_go(all_of_them=True, keep=keep and not self._gradients)
+            self._leave_loose(self._root_loose)
+        if not self.observes:
             return None
-        marks, streams = self._marks, self._streams
+        marks = self._marks
         if marks:
             streams.synchronize(marks[-1][1])
         firings = []

@@ -116,6 +116,11 @@ class Slots:
         unit.bind(memory)
         self._transfers.onload(unit)
 
+    def share(self, stream: Stream) -> None:
+        """Autograd may keep views of the blocks of units without a place."""
+        for block in self._own.values():
+            self._streams.share(block, stream)
+
     def close(self, after: tuple[Event, ...]) -> None:
         """Give back the blocks of units without a place, behind `after`. The caller has dropped its views."""
         for block in self._own.values():

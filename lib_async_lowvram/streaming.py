@@ -263,6 +263,13 @@ class Streaming:
             self._counters.write_back_waits += 1
             self._streams.synchronize(newest)
 
+    def share(self) -> None:
+        """Gradients are on: autograd may keep views of everything here. Nothing must be overwritten: `close` comes next."""
+        consumer = self._streams.current_stream()
+        self.arena.share(consumer)
+        self._slots.share(consumer)
+        self._loose.shared = True
+
     def _units_back(self) -> None:
         """Every unit points at its master. Nothing is in flight."""
         for unit in self._units:

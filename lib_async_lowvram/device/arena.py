@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from lib_async_lowvram.device.streams import Event, Streams
+from lib_async_lowvram.device.streams import Event, Stream, Streams
 
 
 class Arena:
@@ -41,6 +41,11 @@ class Arena:
             self.release_block(unit, (self._streams.record(self._streams.current_stream()),))
             block = self._blocks[unit] = self._streams.allocate(nbytes)
         return block[:nbytes]
+
+    def share(self, stream: Stream) -> None:
+        """Autograd may keep views of all of it, and read them on `stream`."""
+        for block in [*([] if self._slab is None else [self._slab]), *self._blocks.values()]:
+            self._streams.share(block, stream)
 
     def adopt(self, unit: int, block: torch.Tensor) -> None:
         """A block allocated elsewhere is this resident unit's from now on."""

@@ -125,6 +125,10 @@ class CudaStreams(Streams):
                 self._peak = max(self._peak, self._allocated)
         return block
 
+    def share(self, block: torch.Tensor, stream: Stream) -> None:
+        # The allocator then asks, when the last view is gone, how far that stream has got, and not only the owner.
+        block.record_stream(stream)
+
     def free(self, block: torch.Tensor, after: tuple[Event, ...] = ()) -> None:
         if not block.numel():
             return

@@ -72,12 +72,13 @@ class _Moved:
 
 class LooseTensors:
     """The loose tensors of some modules, on the device from construction until `leave`. Out of memory in the constructor
-    leaves everything on the host."""
+    leaves everything on the host. `shared`: when they leave, autograd may keep views of what is on the device."""
 
     def __init__(self, streams: Streams, modules: Iterable[nn.Module], unmanaged: Iterable[nn.Module] = ()) -> None:
         self._streams = streams
         self._unmanaged = {id(module) for module in unmanaged}
         self._moved: list[_Moved] = []
+        self.shared = False
         try:
             self.add(modules)
         except BaseException:
@@ -106,6 +107,8 @@ class LooseTensors:
             for moved in self._moved:
                 self._restore(moved, consumed)
                 if moved.block is not None:
+                    if self.shared:
+                        streams.share(moved.block, streams.current_stream())
                     streams.free(moved.block, (consumed,))
             self._moved.clear()
 

@@ -216,6 +216,9 @@ class RecordingStreams(Streams):
             return RecordedEvent(self.inner.discard(memory, after.inner), dict(clock), operation)
 
     # -- device memory -------------------------------------------------------------------------------------------------
+    def share(self, block: torch.Tensor, stream: Stream) -> None:
+        self.inner.share(block, stream)
+
     def allocate(self, nbytes: int) -> torch.Tensor:
         with self._lock:
             self._settle()

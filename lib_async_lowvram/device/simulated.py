@@ -70,6 +70,7 @@ class SimulatedStreams(Streams):
         self.device, self.name = torch.device("cpu"), "simulated"
         self.poison, self.pinning = poison, pinning
         self._memory = SimulatedMemory(capacity_bytes)
+        self._shared: dict[int, int] = {}  # [start, end) of blocks that others may keep views of
         self.stall_seconds, self.host_waits = 0.0, 0
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -200,7 +201,9 @@ class SimulatedStreams(Streams):
         after = _simulated(after)
         if not self._memory.holds(memory):
             raise ValueError("discard of memory that is not inside a living block of this device")
-        if not self.poison:
+        with self._lock:
+            shared = any(start <= memory.data_ptr() < end for start, end in self._shared.items())
+        if not self.poison or shared:
             return after
         event = SimulatedEvent()
         if after.reached:
@@ -226,9 +229,19 @@ class SimulatedStreams(Streams):
             poison(block)
         return block
 
+    def share(self, block: torch.Tensor, stream: Stream) -> None:
+        if not self._memory.holds(block):
+            raise ValueError("share of memory that is not a living block of this device")
+        with self._lock:
+            self._shared[block.data_ptr()] = block.data_ptr() + block.numel()
+
     def free(self, block: torch.Tensor, after: tuple[Event, ...] = ()) -> None:
         events = [_simulated(event) for event in after]
         self._memory.free(block)
+        with self._lock:
+            shared = self._shared.pop(block.data_ptr(), 0)
+        if shared:
+            return
         # The tensor lives on in the callback: its memory goes to nobody else before the last event. Poisoned memory is not
         # handed out again, so that who still reads it goes on reading NaN.
         _when_all_reached(events, lambda: poison(block) if self.poison else self._memory.recycle(block))

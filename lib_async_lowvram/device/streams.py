@@ -109,6 +109,12 @@ class Streams(ABC):
         used at once on both copy streams and the caller's current stream; elsewhere after waiting for one of these."""
 
     @abstractmethod
+    def share(self, block: torch.Tensor, stream: Stream) -> None:
+        """Others may keep views of this `allocate`d block beyond `free`, as autograd does until its graph is gone, and read
+        them on `stream`. From now on nothing but copies changes its bytes: not `discard`, and not `free`, after which it lives
+        as long as its last view, as any tensor does."""
+
+    @abstractmethod
     def free(self, block: torch.Tensor, after: tuple[Event, ...] = ()) -> None:
         """Give back a block from `allocate`. `after`: events of all its last uses, the current stream's too; the memory is
         not handed to anybody else before them. The caller drops its own references."""
