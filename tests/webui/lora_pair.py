@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from make_networks import NetworkFile
-from webui_client import Background, Server
+from PIL import Image
+from webui_client import Background, Server, encode
 
 PLAIN = {
     "prompt": "a lighthouse on a rock",
@@ -39,6 +40,12 @@ def job(networks: str = "", **changes: Any) -> dict[str, Any]:
     """A small txt2img job; `networks` as in a prompt: "<lora:e2e-one:1>"."""
     prompt = changes.pop("prompt", PLAIN["prompt"])
     return {**PLAIN, **changes, "prompt": prompt + networks}
+
+
+def img2img(networks: str = "", **changes: Any) -> dict[str, Any]:
+    picture = Image.new("RGB", (PLAIN["width"], PLAIN["height"]))
+    picture.putdata([(2 * x, 2 * y, (x * y) % 256) for y in range(picture.height) for x in range(picture.width)])
+    return {**job(networks, **changes), "init_images": [encode(picture)], "denoising_strength": 0.75, "steps": 6}
 
 
 @dataclass(frozen=True)
