@@ -1,7 +1,7 @@
 """The WebUI's `--lowvram` on the mover: one integration for the process, from the extension's start to its unloading.
 
 Problem: the WebUI loads, switches, keeps, trashes and reloads models in a dozen ways, from several threads, and other
-extensions call `modules.lowvram` directly. The integration follows all of it through seven patched functions of the host and
+extensions call `modules.lowvram` directly. The integration follows all of it through eight patched functions of the host and
 stock's own hooks (`stock`), and hands each network of each live model to one mover: one ring, one budget, one pinned limit.
 
 Invariants: I6 - switched off, demoted or closed, every model has stock's own hook objects back, all weights are on the host
@@ -33,6 +33,7 @@ from lib_async_lowvram.webui.models import ManagedModels
 from lib_async_lowvram.webui.regions import UNET
 from lib_async_lowvram.webui.settings import SettingsReader
 from lib_async_lowvram.webui.stock import Link, harvest, vae_originals
+from lib_async_lowvram.webui.upscalers import Upscalers
 
 SWITCHED_OFF = "switched off in Settings"
 
@@ -68,6 +69,7 @@ class Integration:
         self._closing = False
         self._device = DeviceClaim(self._host_lowvram, self._drain)
         self._lora = LoraBackups(lambda: getattr(self._models.mover, "backups", None))
+        self._upscalers = Upscalers(lambda: self._protected("making room for an upscaler", self._drain))
         self._lock = threading.RLock()
 
     def _open_mover(self) -> Any:
@@ -101,6 +103,7 @@ class Integration:
         yield state, "begin", self._on_begin
         yield state, "end", self._on_end
         yield from self._lora.patches()
+        yield from self._upscalers.patches()
 
     def close(self) -> None:
         """Give the host back as it was. During a job this waits for the job's end: its thread may be inside a pass."""

@@ -27,7 +27,7 @@ from recording_mover import RecordingMover  # noqa: E402
 from lib_async_lowvram.webui import patching  # noqa: E402
 
 _NAMES = ("devices", "errors", "launch_utils", "lowvram", "options", "patches", "script_callbacks", "scripts", "sd_models", "shared",
-          "shared_state")
+          "shared_state", "upscaler")
 
 
 def _forget_fakes() -> None:

@@ -80,6 +80,7 @@ def test_functions_of_the_double_exist_with_the_same_parameters(webui, module):
     ("module", "class_name", "methods"),
     [
         ("shared_state", "State", {"begin": ["self", "job"], "end": ["self"], "nextjob": ["self"]}),
+        ("upscaler", "Upscaler", {"upscale": ["self", "img", "scale", "selected_model"], "do_upscale": ["self", "img", "selected_model"]}),
         ("scripts", "Script", {"title": ["self"], "show": ["self", "is_img2img"], "process_before_every_sampling": ["self", "p"]}),
         ("options", "Options", {"add_option": ["self", "key", "info"], "set": ["self", "key", "value", "is_api", "run_callbacks"]}),
         ("options", "OptionInfo", {"info": ["self", "info"], "needs_restart": ["self"]}),
@@ -157,6 +158,27 @@ def test_a_job_that_raises_resets_the_state_and_collects():
     source = ast.unparse(functions["wrap_gradio_call"])
     assert "shared.state.job = ''" in source and "shared.state.job_count = 0" in source
     assert "devices.torch_gc()" in ast.unparse(functions["wrap_gradio_call_no_job"])
+
+
+def test_every_upscaler_goes_through_one_method():
+    """We patch `Upscaler.upscale`: nobody overrides it, and nobody else calls what it calls."""
+    for folder in ("modules", "extensions-builtin", "scripts"):
+        for path in (Path(CHECKOUT) / folder).rglob("*.py"):
+            tree = parse(path)
+            for kind in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+                bases = [ast.unparse(base).split(".")[-1] for base in kind.bases]
+                assert "Upscaler" not in bases or "upscale" not in definitions(kind, ast.FunctionDef), f"{path.name}: {kind.name}"
+            if path.name != "upscaler.py":
+                calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+                assert "do_upscale" not in [call.attr for call in calls], path.name
+    hires = ast.unparse(definitions(tree_of("processing"), ast.FunctionDef)["sample_hr_pass"])
+    assert "images.resize_image(" in hires
+    assert ".scaler.upscale(" in ast.unparse(tree_of("images"))
+
+
+def test_upscalers_are_known_before_scripts_are_imported():
+    source = ast.unparse(definitions(tree_of("initialize"), ast.FunctionDef)["initialize_rest"])
+    assert source.index("import shared, upscaler, scripts") < source.index("scripts.load_scripts()")
 
 
 def test_sampling_is_announced_where_we_prepare():
