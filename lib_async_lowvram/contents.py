@@ -212,6 +212,7 @@ class Contents:
     def release(self) -> None:
         """No longer managed: the masters become ordinary host memory, and another mover may take the modules."""
         self.unpin()
+        self._context.gone.include(self._counters)
         release(self)
 
     def unpin(self) -> None:

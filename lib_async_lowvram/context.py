@@ -10,7 +10,7 @@ import threading
 from dataclasses import dataclass, field
 
 from lib_async_lowvram.config import OffloadConfig
-from lib_async_lowvram.core.stats import Trace
+from lib_async_lowvram.core.stats import Counters, Trace
 from lib_async_lowvram.device.address_ranges import HostRanges
 from lib_async_lowvram.device.host_memory import HostMemory
 from lib_async_lowvram.device.placement import PlacementChecker
@@ -56,6 +56,7 @@ class Context:
     Attributes:
         checker, host_ranges: the placement judge and what it guards; None unless the config asks for it.
         trace: where spans of computing and stalls go; None = nowhere.
+        gone: what networks had counted that are attached no longer (models that were thrown away).
     """
 
     streams: Streams
@@ -64,6 +65,7 @@ class Context:
     checker: PlacementChecker | None = None
     host_ranges: HostRanges | None = None
     trace: Trace | None = None
+    gone: Counters = field(default_factory=Counters)
     lock: threading.RLock = field(default_factory=threading.RLock)
     peaks: Peaks = field(init=False)
 

@@ -1,5 +1,7 @@
 """The mover's status as one JSON-ready dictionary: sums over its networks, figures of the one used last, and each network.
 
+Sums are since the mover was made: what networks that are gone had counted stays in.
+
 Called under the mover's lock, from any thread; reads only.
 """
 
@@ -10,12 +12,8 @@ from typing import Any
 
 from lib_async_lowvram import __version__
 from lib_async_lowvram.context import Context
+from lib_async_lowvram.core.stats import COUNTED
 from lib_async_lowvram.network import Network
-
-_SUMS = (
-    *("passes", "learning_passes", "hits", "misses", "refetches", "write_backs", "adopted", "skipped"),
-    *("host_waits", "write_back_waits", "streamed_bytes"),
-)
 
 
 def describe(context: Context, networks: Mapping[str, Network], current: Network | None, demoted: str, last_error: str) -> dict[str, Any]:
@@ -24,11 +22,12 @@ def describe(context: Context, networks: Mapping[str, Network], current: Network
     shown = current or _busiest(networks)
     figures = _figures(context, shown)
     peak, learning_peak = context.peaks.read()
-    sums = {key: sum(network[key] for network in each.values()) for key in _SUMS}
+    sums = {key: getattr(context.gone, key) + sum(network[key] for network in each.values()) for key in COUNTED}
+    streams = any(network["passes"] for network in each.values())
     return {
         "version": __version__,
-        "state": "demoted" if demoted else "active" if sums["passes"] else "learning",
-        "reason": demoted or ("" if sums["passes"] else "no network has finished its learning pass and a streamed pass yet"),
+        "state": "demoted" if demoted else "active" if streams else "learning",
+        "reason": demoted or ("" if streams else "no network has finished its learning pass and a streamed pass yet"),
         "device": context.streams.name,
         "pinned_bytes": context.host.pinned_bytes,
         "pinned_limit_bytes": context.host.pinned_limit_bytes,
@@ -60,8 +59,7 @@ def _network(network: Network) -> dict[str, Any]:
         "ring_bytes": plan.ring_bytes if plan else 0,
         "stall_seconds": counters.stall_seconds,
         "pass_seconds": counters.pass_seconds,
-        "relearned": counters.relearned,
-        **{key: getattr(counters, key) for key in _SUMS},
+        **{key: getattr(counters, key) for key in COUNTED},
     }
 
 

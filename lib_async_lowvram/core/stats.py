@@ -9,6 +9,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
 
+COUNTED = (
+    *("passes", "learning_passes", "hits", "misses", "refetches", "write_backs", "adopted", "skipped", "relearned"),
+    *("host_waits", "write_back_waits", "streamed_bytes"),
+)
+"""The counters that only grow."""
+
 
 @dataclass
 class Counters:
@@ -46,6 +52,11 @@ class Counters:
     def pass_seconds(self) -> float:
         """Median of the recent passes; 0.0 before the first."""
         return median(self.recent_pass_seconds) if self.recent_pass_seconds else 0.0
+
+    def include(self, other: Counters) -> None:
+        """Add what `other` has counted; what is about one pass only stays as it is."""
+        for name in COUNTED:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,31 @@ def test_status_has_every_key_at_every_stage(streams: SimulatedStreams) -> None:
     mover.detach()
 
 
+@pytest.mark.parametrize("how", ["detached", "emptied"])
+def test_what_a_network_that_is_gone_had_counted_stays_in_the_sums(streams: SimulatedStreams, how: str) -> None:
+    """Models are thrown away in the middle of a job; whoever watches the counters must not see them fall."""
+    net, _ = pair()
+    mover = attached(net, streams, passes=4)
+    keys = ("passes", "learning_passes", "hits", "streamed_bytes")
+    before = {key: mover.status()[key] for key in keys}
+    assert all(before.values())
+    if how == "detached":
+        mover.detach()
+    else:
+        mover.drain()
+        net.to("meta")
+        assert mover.forget_dead() == ["net"]
+    status = mover.status()
+    assert status["networks"] == {} and status["state"] == "learning"
+    assert {key: status[key] for key in keys} == before
+    other, _ = pair()
+    mover.attach({"net": other})
+    for _ in range(4):
+        call(other, streams)
+    assert {key: mover.status()[key] for key in keys} == {key: 2 * value for key, value in before.items()}
+    mover.detach()
+
+
 def test_a_name_in_use_is_refused(streams: SimulatedStreams) -> None:
     net, other = pair()
     mover = attached(net, streams)

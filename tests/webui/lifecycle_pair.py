@@ -1,7 +1,6 @@
 """The pair of servers for the life cycle's end-to-end tests: one WebUI with the extension, one without, driven alike.
 
-Problem: every case is "do the same to both, compare every picture, and know that the mover was at work meanwhile". Counters
-start anew with each network the mover takes over, so what a case added is found network by network.
+Problem: every case is "do the same to both, compare every picture, and know that the mover was at work meanwhile".
 
 The checkpoints are found, not named: those without a config file of their own share the host's and are switched in place;
 one with its own is another architecture. VAEs are those in the models folder.
@@ -44,15 +43,9 @@ JOB = {
 
 
 def counted(before: dict[str, Any], after: dict[str, Any]) -> dict[str, int]:
-    """What networks counted between two statuses. One taken over in between counts from its start; what one that is gone
-    by now had counted is not known."""
-    total = dict.fromkeys(COUNTERS, 0)
-    for name, network in after["networks"].items():
-        old = before["networks"].get(name, {})
-        restarted = any(network[key] < old.get(key, 0) for key in COUNTERS)
-        for key in COUNTERS:
-            total[key] += network[key] - (0 if restarted else old.get(key, 0))
-    return total
+    """What the mover counted between two statuses, models that came and went included; a new mover counts from nothing."""
+    restarted = any(after[key] < before.get(key, 0) for key in COUNTERS)
+    return {key: after[key] - (0 if restarted else before.get(key, 0)) for key in COUNTERS}
 
 
 def check_idle(status: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ if URL and STOCK_URL:
     from lifecycle_pair import JOB, MIB, Pair, check_idle
 
 ROUNDS, SETTLED = 10, 3
-NOISE = 48 * MIB  # pages of the allocator that something small keeps; one model of the test's size is ten times that
+NOISE = 48 << 20  # pages of the allocator that something small keeps; one model of the test's size is ten times that
 
 
 @pytest.fixture(scope="module")
