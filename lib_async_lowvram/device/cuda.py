@@ -19,6 +19,7 @@ import logging
 import mmap
 import sys
 import threading
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -204,6 +205,15 @@ class CudaStreams(Streams):
                 what,
                 self._errors.mechanism or "no cudaGetLastError found",
             )
+
+    # -- others on the same device ---------------------------------------------------------------------------------
+    def aside(self) -> AbstractContextManager[None]:
+        return torch.cuda.stream(torch.cuda.Stream(self.device))
+
+    def sibling(self) -> CudaStreams:
+        other = CudaStreams(self.device, errors=self._errors)
+        other._pinned = self._pinned
+        return other
 
     # -- life ----------------------------------------------------------------------------------------------------------
     def close(self) -> None:

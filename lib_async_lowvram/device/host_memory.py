@@ -101,6 +101,10 @@ class HostMemory:
         self._ledger.living[block.address] = nbytes
         return tensor
 
+    def owns(self, storage: torch.UntypedStorage) -> bool:
+        """Whether it is that of a living block from `allocate`."""
+        return storage.device.type == "cpu" and self._ledger.living.get(storage.data_ptr()) == storage.nbytes() > 0
+
     def set_limit(self, pinned_limit_bytes: int) -> None:
         """Change the limit; 0 for automatic. What is pinned beyond it stays so until its owner unpins it."""
         self.pinned_limit_bytes = pinned_limit_bytes if pinned_limit_bytes > 0 else default_pinned_limit_bytes()

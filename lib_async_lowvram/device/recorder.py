@@ -29,6 +29,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -292,6 +293,12 @@ class RecordingStreams(Streams):
     @property
     def host_waits(self) -> int:
         return self.inner.host_waits
+
+    def aside(self) -> AbstractContextManager[None]:
+        return self.inner.aside()
+
+    def sibling(self) -> RecordingStreams:
+        return RecordingStreams(self.inner.sibling())
 
     def close(self) -> None:
         self.inner.close()

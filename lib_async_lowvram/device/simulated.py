@@ -22,7 +22,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -286,6 +286,16 @@ class SimulatedStreams(Streams):
     def is_pinned(self, address: int, nbytes: int) -> bool:
         """Whether [address, address + nbytes) is pinned now."""
         return self._pinned.contains(address, nbytes)
+
+    # -- others on the same device ---------------------------------------------------------------------------------
+    def aside(self) -> AbstractContextManager[None]:
+        return nullcontext()  # every thread is a compute stream of its own
+
+    def sibling(self) -> SimulatedStreams:
+        link = self.onload_stream.link
+        other = SimulatedStreams(self.capacity_bytes, link.bandwidth, link.latency, link.jitter_seconds, poison=self.poison)
+        other._memory, other._pinned = self._memory.part(), self._pinned
+        return other
 
     # -- life ----------------------------------------------------------------------------------------------------------
     def close(self) -> None:

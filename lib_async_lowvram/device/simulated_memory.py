@@ -32,17 +32,32 @@ class SimulatedMemory:
         allocated_bytes, peak_bytes: as in `Streams`.
     """
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, whole: SimulatedMemory | None = None) -> None:
+        """`whole`: the memory that this one is a part of, with books of its own and no capacity of its own."""
         self.capacity_bytes = capacity_bytes
         self.allocated_bytes = self.peak_bytes = 0
-        self._lock = threading.RLock()
+        self._whole = whole
+        self._in_parts = 0
+        self._lock = threading.RLock() if whole is None else whole._lock
         self._blocks = AddressRanges()
         self._recycled: dict[int, list[torch.Tensor]] = {}
         self._recycled_bytes = 0
 
     @property
     def free_bytes(self) -> int:
-        return max(0, self.capacity_bytes - self.allocated_bytes)
+        if self._whole is not None:
+            return self._whole.free_bytes
+        return max(0, self.capacity_bytes - self.allocated_bytes - self._in_parts)
+
+    def part(self) -> SimulatedMemory:
+        """Books of their own over the same memory."""
+        return SimulatedMemory(self.capacity_bytes, self)
+
+    def _book(self, size: int) -> None:
+        self.allocated_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)
+        if self._whole is not None:
+            self._whole._in_parts += size
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """A uint8 block at an address that is a multiple of `ALIGNMENT`. Its contents are the caller's to poison."""
@@ -67,8 +82,7 @@ class SimulatedMemory:
     def _enter(self, block: torch.Tensor, size: int) -> torch.Tensor:
         if size:
             self._blocks.add(block.data_ptr(), block.data_ptr() + block.numel())
-        self.allocated_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)
+        self._book(size)
         return block
 
     def recycle(self, block: torch.Tensor) -> None:
@@ -76,7 +90,7 @@ class SimulatedMemory:
         there, while the host's is mapped page by page when it is first written, which takes longer than a fast link."""
         size = align(block.numel())
         with self._lock:
-            if size and self.allocated_bytes + self._recycled_bytes + size <= self.capacity_bytes:
+            if size and self._recycled_bytes + size <= self.free_bytes:
                 self._recycled.setdefault(block.numel(), []).append(block)
                 self._recycled_bytes += size
 
@@ -90,7 +104,7 @@ class SimulatedMemory:
             if self._blocks.find(begin) != (begin, begin + nbytes):
                 raise ValueError("free of memory that is not a living block of this device (freed twice, or a part of one?)")
             self._blocks.remove(begin)
-            self.allocated_bytes -= align(nbytes)
+            self._book(-align(nbytes))
 
     def reset_peak(self) -> None:
         with self._lock:

@@ -17,6 +17,7 @@ Threads: every method may be called from any thread. `current_stream` answers fo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -152,6 +153,16 @@ class Streams(ABC):
     @abstractmethod
     def unpin(self, address: int) -> None:
         """Undo `pin`. The caller has made sure that no copy still reads or writes there. Safe at interpreter exit."""
+
+    # -- others on the same device ---------------------------------------------------------------------------------
+    @abstractmethod
+    def aside(self) -> AbstractContextManager[None]:
+        """Work that the calling thread launches inside goes to a compute stream of its own."""
+
+    @abstractmethod
+    def sibling(self) -> Streams:
+        """Another `Streams` for the same device, memory and pinned ranges, with copy streams and counters of its own; its
+        events may be waited for here, and the other way round. The caller closes it."""
 
     # -- life ----------------------------------------------------------------------------------------------------------
     @abstractmethod

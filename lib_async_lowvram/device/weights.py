@@ -164,10 +164,12 @@ class Unit:
                     sources.append((entry, parameter))
                 entries.append(tuple(mine))
                 counts.append(sum(parameter is not None for parameter in held.values()))
-            master = self._host.allocate(size)
+            packed = self._packed(sources, size)
+            master = self._host.allocate(size) if packed is None else packed
             for entry, parameter in sources:
                 view = view_bytes(master, entry.offset, entry)
-                view.copy_(parameter.data)
+                if packed is None:
+                    view.copy_(parameter.data)
                 entry.master = view
                 entry.master_ptr = view.data_ptr()
                 parameter.data = view
@@ -177,6 +179,20 @@ class Unit:
             self._counts = tuple(counts)
             self.unbind()
             self.dirty = False
+
+    def _packed(self, sources: list[tuple[Entry, nn.Parameter]], size: int) -> torch.Tensor | None:
+        """The block that holds exactly these parameters at these offsets already, if there is one: other modules over the same
+        masters (`shadow`) share it instead of copying it."""
+        if not sources:
+            return None
+        storage = sources[0][1].untyped_storage()
+        start = storage.data_ptr()
+        if storage.nbytes() != size or not self._host.owns(storage):
+            return None
+        for entry, parameter in sources:
+            if parameter.untyped_storage().data_ptr() != start or parameter.data_ptr() != start + entry.offset:
+                return None
+        return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,))
 
     def bind(self, memory: torch.Tensor) -> None:
         """Prepare views over `memory` (uint8 on the device, at least `nbytes`); cheap when it is the place of last time."""
