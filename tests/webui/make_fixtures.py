@@ -161,27 +161,14 @@ def write_lora(folder: Path, checkpoint: Checkpoint, rank: int = 4) -> Path:
     for name in sorted(wanted):
         out, into = checkpoint.shape(name)
         layer = name.removesuffix(".weight")
-        if layer.startswith(unet):
-            key = "lora_unet_" + _diffusers_name(layer.removeprefix(unet))
-        else:
-            key = "lora_te_text_model_" + layer.removeprefix(text).replace(".", "_")
+        short = layer.removeprefix(unet).removeprefix(text).replace(".", "_")
+        key = f"lora_unet_{short}" if layer.startswith(unet) else f"lora_te_text_model_{short}"
         tensors[f"{key}.lora_down.weight"] = _random(generator, rank, into, scale=1 / into**0.5)
         tensors[f"{key}.lora_up.weight"] = _random(generator, out, rank, scale=0.3 / rank**0.5)
         tensors[f"{key}.alpha"] = torch.tensor(float(rank))
     path = folder / f"{LORA}.safetensors"
     _save_safetensors(path, tensors)
     return path
-
-
-def _diffusers_name(layer: str) -> str:
-    """"input_blocks.4.1.transformer_blocks.0.attn1.to_q" as the makers of LoRA files call it."""
-    parts = layer.split(".")
-    if parts[0] == "middle_block":
-        return "mid_block_attentions_0_" + "_".join(parts[2:])
-    number = int(parts[1])
-    if parts[0] == "input_blocks":
-        return f"down_blocks_{(number - 1) // 3}_attentions_{(number - 1) % 3}_" + "_".join(parts[3:])
-    return f"up_blocks_{number // 3}_attentions_{number % 3}_" + "_".join(parts[3:])
 
 
 def write_nan_vae(folder: Path, checkpoint: Checkpoint) -> Path:

@@ -25,7 +25,9 @@ OF_A_DEVICE = {
     "max_memory_allocated", "max_memory_reserved", "mem_get_info", "memory_allocated", "memory_reserved", "memory_stats",
     "reset_peak_memory_stats", "synchronize", "set_per_process_memory_fraction", "utilization",
 }
-DEVICELESS = {"cudart", "current_device", "device_count", "is_available", "is_initialized", "Event", "stream", "empty_cache", "OutOfMemoryError"}
+DEVICELESS = {
+    "Event", "OutOfMemoryError", "cudart", "current_device", "device_count", "empty_cache", "is_available", "is_initialized", "stream"
+}
 
 
 class Asked:

@@ -7,39 +7,15 @@ convolutions, upscalers and live previews. Same pictures, counters as expected.
 `test_e2e_training.py` and `test_e2e_precision.py` are about what changes weights. Run with `-s` to see hashes and counters.
 """
 
-from __future__ import annotations
+# ruff: noqa: F811 - the fixtures are imported
 
-import os
+from __future__ import annotations
 
 import make_fixtures
 import pytest
+from pair_fixtures import BIG, JOB, QUARTER_AND_AUTOMATIC, STEPS, hires, img2img, inpainting, needs_servers, pair, picture, servers  # noqa: F401
 
-URL, STOCK_URL = os.environ.get("SD_WEBUI_URL", ""), os.environ.get("SD_WEBUI_STOCK_URL", "")
-
-pytestmark = [
-    pytest.mark.webui,
-    pytest.mark.skipif(not (URL and STOCK_URL), reason="SD_WEBUI_URL and SD_WEBUI_STOCK_URL name no running WebUIs"),
-]
-
-if URL and STOCK_URL:
-    from server_pair import Pair
-    from test_e2e import STEPS, TXT2IMG, img2img, init_image, inpainting
-    from webui_client import encode, hash_of
-
-QUARTER_AND_AUTOMATIC = pytest.mark.parametrize("pair", ["quarter", "automatic"], indirect=True)
-
-
-@pytest.fixture(scope="module")
-def servers():
-    pair = Pair(URL, STOCK_URL, TXT2IMG)
-    yield pair
-    pair.ours.set_options(async_lowvram_budget_mb=0)
-
-
-@pytest.fixture
-def pair(servers, request):
-    servers.use_budget(getattr(request, "param", "quarter"))
-    return servers
+pytestmark = needs_servers
 
 
 # -- textual inversion -----------------------------------------------------------------------------------------------------
@@ -49,10 +25,10 @@ def test_embedding_in_a_prompt(pair):
         make_fixtures.write_embedding(folder)
     pair.both("/sdapi/v1/refresh-embeddings", {})
     assert make_fixtures.EMBEDDING in pair.ours.get("/sdapi/v1/embeddings")["loaded"]
-    with_it = pair.same("embedding", {**TXT2IMG, "prompt": f"a photo of {make_fixtures.EMBEDDING}, (evening:1.2)"})
-    without = pair.same("no embedding", {**TXT2IMG, "prompt": "a photo of, (evening:1.2)"})
+    with_it = pair.same("embedding", {**JOB, "prompt": f"a photo of {make_fixtures.EMBEDDING}, (evening:1.2)"})
+    without = pair.same("no embedding", {**JOB, "prompt": "a photo of, (evening:1.2)"})
     assert with_it != without
-    pair.same("embedding in the negative prompt", {**TXT2IMG, "negative_prompt": make_fixtures.EMBEDDING})
+    pair.same("embedding in the negative prompt", {**JOB, "negative_prompt": make_fixtures.EMBEDDING})
 
 
 @QUARTER_AND_AUTOMATIC
@@ -70,7 +46,7 @@ def test_create_embedding(pair):
     pair.check_idle()
     before = pair.ours.status()
     for number, server in enumerate(pair.servers):
-        got.append(server.pictures("txt2img", {**TXT2IMG, "prompt": f"a photo of feat-created-{number} at home"}))
+        got.append(server.pictures("txt2img", {**JOB, "prompt": f"a photo of feat-created-{number} at home"}))
     pair.judge("created embedding used", *got, before, pair.ours.status())
 
 
@@ -86,7 +62,7 @@ def create_hypernetworks(pair, sizes):
     """One for each server, of random weights; the host also looks for new files then. Returns their hashes."""
     written = []
     for number, (server, folder) in enumerate(zip(pair.servers, pair.flags("hypernetwork_dir"), strict=True)):
-        server.pictures("txt2img", {**TXT2IMG, "steps": 1})  # its seed is also that of the new weights
+        server.pictures("txt2img", {**JOB, "steps": 1})  # its seed is also that of the new weights
         name = f"feat-created-{number}"
         order = {"enable_sizes": sizes, "layer_structure": [1, 2, 1], "activation_func": "relu", "weight_init": "XavierNormal"}
         said = server.post("/sdapi/v1/create/hypernetwork", {"name": name, "overwrite_old": True, **order})["info"]
@@ -106,13 +82,13 @@ def test_hypernetwork_on_and_off(pair):
     print(f"\n{pair.budget} | create hypernetwork | ours {written[0]} | stock {written[1]}")
     assert written[0] == written[1]
     plain = pair.same("no hypernetwork")
-    on = pair.same("hypernetwork on", {**TXT2IMG, "prompt": f"{TXT2IMG['prompt']} <hypernet:{make_fixtures.HYPERNETWORK}:1>"})
-    half = pair.same("at half strength", {**TXT2IMG, "prompt": f"{TXT2IMG['prompt']} <hypernet:{make_fixtures.HYPERNETWORK}:0.5>"})
+    on = pair.same("hypernetwork on", {**JOB, "prompt": f"{JOB['prompt']} <hypernet:{make_fixtures.HYPERNETWORK}:1>"})
+    half = pair.same("at half strength", {**JOB, "prompt": f"{JOB['prompt']} <hypernet:{make_fixtures.HYPERNETWORK}:0.5>"})
     assert pair.same("off again") == plain
     assert len({plain[0], on[0], half[0]}) == 3
     before, got = pair.ours.status(), []
     for number, server in enumerate(pair.servers):
-        got.append(server.pictures("txt2img", {**TXT2IMG, "prompt": f"{TXT2IMG['prompt']} <hypernet:feat-created-{number}:1>"}))
+        got.append(server.pictures("txt2img", {**JOB, "prompt": f"{JOB['prompt']} <hypernet:feat-created-{number}:1>"}))
     pair.judge("the created one", *got, before, pair.ours.status())
     assert got[0] != plain
 
@@ -174,7 +150,7 @@ def test_hypertile(pair, sides):
 def test_tiling(pair):
     """The padding mode of every convolution changes under the hooks."""
     plain = pair.same("no tiling")
-    assert pair.same("tiling", {**TXT2IMG, "tiling": True}) != plain
+    assert pair.same("tiling", {**JOB, "tiling": True}) != plain
     assert pair.same("no tiling again") == plain
 
 
@@ -187,7 +163,7 @@ def test_clip_skip(pair):
 
 def test_negative_guidance_minimum_sigma(pair):
     """Some passes run without the negative prompt, that is, at half the batch."""
-    job = {**TXT2IMG, "steps": STEPS + 4}
+    job = {**JOB, "steps": STEPS + 4}
     plain = pair.same("no minimum sigma", job)
     with pair.options(s_min_uncond=8.0):
         assert pair.same("minimum sigma 8", job) != plain
@@ -201,13 +177,6 @@ def test_soft_inpainting(pair):
 
 
 # -- upscalers -------------------------------------------------------------------------------------------------------------
-BIG = {**TXT2IMG, "width": 384, "height": 256} if URL and STOCK_URL else {}
-
-
-def hires(**changes):
-    return {**TXT2IMG, "width": 192, "height": 192, "enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6, **changes}
-
-
 @pytest.fixture
 def upscaler(pair):
     for server in pair.servers:
@@ -230,19 +199,19 @@ def test_other_upscalers_in_hires_fix(pair, name):
 
 def test_upscaler_before_img2img(pair, upscaler):
     with pair.options(upscaler_for_img2img=upscaler):
-        pair.same("img2img from a small picture, ESRGAN", img2img(init_images=[encode(init_image(96, 96))]), "img2img")
+        pair.same("img2img from a small picture, ESRGAN", img2img(init_images=[picture(96)]), "img2img")
 
 
 def test_sd_upscale_script(pair, upscaler):
     names = [found["name"] for found in pair.ours.get("/sdapi/v1/upscalers")]
     script = {"script_name": "sd upscale", "script_args": ["", 64, names.index(upscaler), 2.0]}
-    pair.same("SD upscale", img2img(init_images=[encode(init_image(128, 128))], width=192, height=192, **script), "img2img")
+    pair.same("SD upscale", img2img(init_images=[picture(128)], width=192, height=192, **script), "img2img")
 
 
 def test_extras_between_jobs(pair, upscaler):
     plain = pair.same("before extras")
-    order = {"image": encode(init_image(64, 64)), "upscaling_resize": 2, "upscaler_1": upscaler}
-    got, wanted = ([hash_of(answer["image"])] for answer in pair.both("/sdapi/v1/extra-single-image", order))
+    order = {"image": picture(64), "upscaling_resize": 2, "upscaler_1": upscaler}
+    got, wanted = (server.extras(order) for server in pair.servers)
     print(f"\n{pair.budget} | extras | ours {got[0]} | stock {wanted[0]}")
     assert got == wanted
     pair.check_idle()

@@ -46,6 +46,10 @@ class Server:
         """Run a job ("txt2img" or "img2img"); one hash of the pixels for each picture."""
         return [hash_of(picture) for picture in self.post(f"/sdapi/v1/{kind}", job)["images"]]
 
+    def extras(self, order: dict[str, Any]) -> list[str]:
+        """Upscale one picture outside of any generation; its hash."""
+        return [hash_of(self.post("/sdapi/v1/extra-single-image", order)["image"])]
+
     def wait_for_step(self, step: int, job: threading.Thread) -> None:
         """Until the running job has sampled `step` steps; fails when the job ends first."""
         while self.get("/sdapi/v1/progress?skip_current_image=true")["state"]["sampling_step"] < step:
