@@ -80,7 +80,6 @@ class Pair:
         self.checkpoint = loaded
         self.checkpoint_file = Path(present["filename"])
         self.others = sorted(models, key=lambda title: (models[title]["config"] != present["config"], title))
-        self.same_config = [title for title in self.others if models[title]["config"] == present["config"]]
 
     def both(self) -> tuple[Server, Server]:
         return self.ours, self.stock

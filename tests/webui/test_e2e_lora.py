@@ -131,33 +131,10 @@ def test_functional(pair, plain):
 def test_hires_with_another(pair, plain):
     """Two networks by turns in one job: the first for its first pass, the other for the second."""
     hires = {"enable_hr": True, "hr_upscaler": "Latent", "hr_scale": 1.5, "hr_second_pass_steps": 2, "denoising_strength": 0.6}
-    prompt = job()["prompt"]
-    outcome = pair.run("hires with another", job(tag(ONE), hr_prompt=prompt + tag(TWO), **hires))
+    prompt = pair.unheard_of(20 if pair.streamed else 21)  # the host keeps what it encoded for hires, too
+    outcome = pair.run("hires with another", job(tag(ONE), prompt=prompt, hr_prompt=prompt + tag(TWO), **hires))
     assert outcome.write_backs() == total(pair.changed_by(ONE), pair.changed_by(ONE, TWO))
     # Both prompts were encoded before the first pass (as --lowvram wants it), so the text encoder is left with the other's.
-    again = pair.run("hires with the same", job(tag(TWO), hr_prompt=prompt + tag(TWO), **hires))
+    again = pair.run("hires with the same", job(tag(TWO), prompt=prompt, hr_prompt=prompt + tag(TWO), **hires))
     assert again.write_backs() == NOTHING
     assert pair.run("removed", job()).pictures == plain
-
-
-def test_host_memory(pair, plain):
-    """Backups are taken from masters, and cost what they cost under stock: one copy of every layer with a name."""
-    mib = 1 << 20
-    if not pair.same_config:
-        pytest.skip("the WebUI has no second checkpoint of the same kind; backups are let go of when other weights are loaded")
-    for title in (pair.same_config[0], pair.checkpoint):
-        pair.set_options(sd_model_checkpoint=title)
-        pair.run(f"on {title.split('.')[0]}", job())
-    marks = {}
-    for moment, networks in (("before", ""), ("during", tag(ONE)), ("after", "")):
-        pair.run(f"{moment} a LoRA", job(networks))
-        status = pair.ours.status()
-        marks[moment] = (*(server.resident_memory() for server in pair.both()), status["host_bytes"], status["pinned_bytes"])
-    for moment, (ours, stock, masters, pinned) in marks.items():
-        print(f"{moment}: ours {ours // mib} MB, stock {stock // mib} MB; masters {masters / mib:.1f} MB, pinned {pinned / mib:.1f} MB")
-    for moment in ("during", "after"):
-        ours, stock = (marks[moment][server] - marks["before"][server] for server in (0, 1))
-        print(f"{moment}: grew by {ours / mib:.1f} MB, stock by {stock / mib:.1f} MB")
-        assert stock > 100 * mib, "stock made no backups: nothing is compared"
-        assert ours <= stock + 32 * mib
-        assert marks[moment][2:] == marks["before"][2:]

@@ -1,0 +1,43 @@
+"""What a LoRA costs in main memory: masters and LoRA's own backups together no more than under stock.
+
+Set up as `test_e2e_lora`, but run it alone and on servers just started: LoRA keeps its backups for as long as the weights stay
+loaded, and memory that a process has used before and given back to its allocator hides what is taken anew. On servers that
+have made backups before, this skips.
+
+The process of a simulated device holds the device's memory, too; so what is compared is growth, and the device is empty between jobs.
+"""
+
+from __future__ import annotations
+
+import pytest
+from lora_fixtures import NEEDS_SERVERS
+
+pytestmark = NEEDS_SERVERS
+
+pytest.importorskip("PIL")
+
+from lora_pair import job, tag  # noqa: E402
+
+ONE = "e2e-one"
+MIB = 1 << 20
+
+
+def test_host_memory(servers):
+    """Before, during and after: the backups of all layers with a name are in memory once, as under stock, and masters do not grow."""
+    for number in range(3):
+        servers.run(f"before a LoRA, {number}", job(prompt=servers.unheard_of(number)), managed=False)
+    marks = {}
+    for moment, networks in (("before", ""), ("during", tag(ONE)), ("again", tag(ONE)), ("after", "")):
+        servers.run(f"{moment}", job(networks), managed=moment != "before")
+        status = servers.ours.status()
+        marks[moment] = (*(server.resident_memory() for server in servers.both()), status["host_bytes"], status["pinned_bytes"])
+    for moment, (ours, stock, masters, pinned) in marks.items():
+        sizes = zip(("ours", "stock", "masters", "pinned"), (ours, stock, masters, pinned), strict=True)
+        print(f"{moment}: {', '.join(f'{name} {size / MIB:.1f} MB' for name, size in sizes)}")
+    for moment in ("during", "again", "after"):
+        ours, stock = (marks[moment][server] - marks["before"][server] for server in (0, 1))
+        print(f"{moment}: grew by {ours / MIB:.1f} MB, stock by {stock / MIB:.1f} MB")
+        if stock < marks[moment][2] // 2:
+            pytest.skip("stock made few new backups: these servers have made them before, start them anew")
+        assert ours <= stock + 32 * MIB
+        assert marks[moment][2:] == marks["before"][2:]
