@@ -152,7 +152,10 @@ class Network:
     @property
     def _ends_by_itself(self) -> bool:
         """Whether an open pass counts as complete when something else starts: nobody would have said so. A stray call of one
-        leaf, in a network whose passes are announced, is not a pass."""
+        leaf, in a network whose passes are announced, is not a pass; nor is what runs still (an encoder that is called itself,
+        and in it the module that announces the pass)."""
+        if self._opener is not None and self._firing:
+            return False
         return self._open_ended or (self._opener is not None and self.contents.span is None)
 
     @property
@@ -328,8 +331,9 @@ class Network:
             self.begin_pass()
             self._opener = weakref.ref(module)
             self._opener_streams = False
-        self._firing += 1
         self.running(module)
+        if self._regions is not None:
+            self._firing += 1  # otherwise the observers have just been taken off, and nobody will say that it has run
 
     def observed(self, module: nn.Module) -> None:
         """It has run."""
