@@ -49,6 +49,7 @@ class LoraDouble:
         self.objects_to_added_bias = objects_to_added_bias
         self.loaded: tuple[Network, ...] = ()
         self.functional = False
+        self.store, self.restore = store, restore  # whoever patches the extension puts his own here
         self.applied = 0  # how often some module's weights were written
         self._originals: list[tuple[type, str, Any]] = []
 
@@ -113,12 +114,12 @@ class LoraDouble:
         if wanted and getattr(module, "network_weights_backup", None) is None:
             if present:
                 raise RuntimeError(f"{layer}: weights are changed and there is no backup of them")
-            module.network_weights_backup = [_copy(tensor) for tensor in _weights(module)]
+            module.network_weights_backup = [self.store(getattr(owner, field)) for owner, field in _weights(module)]
         if wanted and getattr(module, "network_bias_backup", None) is None:
-            bias = _copy(_bias_owner(module).bias)
+            held = _bias_owner(module).bias
             if not present:
-                module.network_bias_backup = bias
-            elif bias is not None and self.objects_to_added_bias:
+                module.network_bias_backup = None if held is None else self.store(held)
+            elif held is not None and self.objects_to_added_bias:
                 raise RuntimeError(f"{layer}: the bias is changed and there is no backup of it")
         if present == wanted:
             return
@@ -133,13 +134,9 @@ class LoraDouble:
         backup, bias = getattr(module, "network_weights_backup", None), getattr(module, "network_bias_backup", None)
         if backup is None and bias is None:
             return
-        for tensor, kept in zip(_weights(module), backup or (), strict=False):
-            tensor.copy_(kept)
-        owner = _bias_owner(module)
-        if bias is None:
-            owner.bias = None
-        else:
-            owner.bias.copy_(bias)
+        for (owner, field), kept in zip(_weights(module), backup or (), strict=False):
+            self.restore(owner, field, kept)
+        self.restore(_bias_owner(module), "bias", bias)
 
     def _add(self, module: nn.Module, network: Network, layer: str) -> None:
         owner = _bias_owner(module)
@@ -178,18 +175,30 @@ class LoraDouble:
         return y
 
 
-def _weights(module: nn.Module) -> Sequence[torch.Tensor]:
-    return (module.in_proj_weight, module.out_proj.weight) if isinstance(module, nn.MultiheadAttention) else (module.weight,)
+def _weights(module: nn.Module) -> Sequence[tuple[nn.Module, str]]:
+    if isinstance(module, nn.MultiheadAttention):
+        return (module, "in_proj_weight"), (module.out_proj, "weight")
+    return ((module, "weight"),)
 
 
 def _bias_owner(module: nn.Module) -> nn.Module:
     return module.out_proj if isinstance(module, nn.MultiheadAttention) else module
 
 
-def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to("cpu", copy=True)
+def store(tensor: torch.Tensor) -> torch.Tensor:
+    """How LoRA takes a backup."""
+    return tensor.to("cpu", copy=True)
+
+
+def restore(owner: nn.Module, field: str, backup: torch.Tensor | None) -> None:
+    """How LoRA goes back to one."""
+    if backup is None:
+        setattr(owner, field, None)
+    else:
+        getattr(owner, field).copy_(backup)
 
 
 def module_device(module: nn.Module) -> torch.device:
     """Where its weights are."""
-    return _weights(module)[0].device
+    owner, field = _weights(module)[0]
+    return getattr(owner, field).device
