@@ -26,7 +26,6 @@ from lib_async_lowvram.core.stats import Counters
 from lib_async_lowvram.device.weights import Unit
 from lib_async_lowvram.hook_set import HookSet
 from lib_async_lowvram.kept import Kept
-from lib_async_lowvram.leaf_clock import LeafClock
 from lib_async_lowvram.learned import Learned
 from lib_async_lowvram.log import logger
 from lib_async_lowvram.network_spec import NetworkSpec
@@ -41,7 +40,7 @@ class Network:
     """See the module.
 
     Attributes:
-        contents: its modules and units. order: what it follows.
+        contents: its modules and units. order: what it follows. planning: what it learned, and its plan.
         kept: what the learning pass left on the device for the next one.
         in_pass: between a pass's start and end; thread: that runs it. opened_by_caller: through `AsyncModelMover.running`.
     """
@@ -56,7 +55,7 @@ class Network:
         self.counters = Counters()
         self.contents = Contents(spec, context, self.counters)
         self.order = ExecutionOrder()
-        self._planning = Planning(name)
+        self.planning = Planning(name)
         self.kept = Kept(context.streams)
         self.in_pass = False
         self.thread: int | None = None
@@ -78,12 +77,12 @@ class Network:
     @property
     def plan(self) -> Plan | None:
         """What it follows; None before it has learned."""
-        return self._planning.plan
+        return self.planning.plan
 
     @property
     def learned(self) -> Learned | None:
         """What its learning pass and later ones taught."""
-        return self._planning.learned
+        return self.planning.learned
 
     @property
     def entered(self) -> bool:
@@ -108,7 +107,7 @@ class Network:
             self.hooks.units_off()
             self.hooks.observe(False)
             self.contents.rebuild()
-            self._planning.forget()
+            self.planning.forget()
         for unit in self.contents.units:
             unit.suspect = context.config.always_write_back
         self.in_pass = True
@@ -142,7 +141,7 @@ class Network:
 
     def _begin_streaming(self) -> None:
         self.hooks.observe(False)
-        if self._planning.stale or self.contents.resized:
+        if self.planning.stale or self.contents.resized:
             self._give_back()
         with self.judged(False):
             self._enter()
@@ -160,12 +159,14 @@ class Network:
 
     @property
     def busy(self) -> bool:
-        """Whether some thread is inside a pass, as far as can be known: an interrupt leaves passes open, and some have no
-        end of their own."""
-        if not self.in_pass:
+        """Whether some thread is inside a pass or a stray call, as far as can be known: an interrupt leaves passes open, some
+        have no end of their own, and residents are called without a trace."""
+        if not self.in_pass and self._streaming is None:
             return False
-        if self._open_ended or self._opener is not None:
-            return self._streaming is not None and self._streaming.anything_in_use
+        if not self.in_pass or self._open_ended or self._opener is not None:
+            # Not only what streams: a resident, or one whose region was brought for a stray call, is read without a trace.
+            in_use = self._streaming is not None and self._streaming.anything_in_use
+            return in_use or is_running(self.thread, *self.contents.modules())
         span = self.contents.span
         return self.opened_by_caller or span is None or is_running(self.thread, span)
 
@@ -195,7 +196,7 @@ class Network:
                 self._streaming.end_pass(complete)
                 if self.order.end_pass(complete):
                     self.counters.relearned += 1
-                    self._planning.reorder(self.order.sequence)
+                    self.planning.reorder(self.order.sequence)
                     self._streaming.resynchronise()
             self._clock.end(complete)
             with self.judged(False):
@@ -208,15 +209,11 @@ class Network:
         contents = self.contents
         contents.join(observed.fired, observed.inside)
         in_step = self.context.streams.knows_stalls
-        self._planning.learn(Learned.of(observed, contents.units, contents.announced, contents.loose_bytes, in_step))
+        self.planning.learn(Learned.of(observed, contents.units, contents.announced, contents.loose_bytes, in_step))
         self.hooks.observe(False)
         self.hooks.units_on()
         if not leaving:
             self._make_plan(self.context.budget())
-
-    def timed(self, clock: LeafClock) -> None:
-        """A complete pass was timed leaf by leaf; its figures are read when the device has got there."""
-        self._planning.timed(clock)
 
     # -- device memory -------------------------------------------------------------------------------------------------
     def _enter(self) -> None:
@@ -228,7 +225,7 @@ class Network:
         try:
             self._streaming = Streaming(self)
         except torch.cuda.OutOfMemoryError as error:
-            least = self._planning.least_budget(self.contents.units)
+            least = self.planning.least_budget(self.contents.units)
             logger.warning("%s: %s; trying the least budget, %d MB", self.name, str(error).splitlines()[0], least >> 20)
             self._make_plan(least)
             self._streaming = Streaming(self)
@@ -237,21 +234,17 @@ class Network:
 
     def _make_plan(self, budget_bytes: int) -> None:
         units = self.contents.units
-        self._planning.make(units, budget_bytes, self.context.config)
+        self.planning.make(units, budget_bytes, self.context.config)
         self.kept.reduce_to(unit for unit in units if unit.resident)
-        self.order.learn(self._planning.streamed_steps())
+        self.order.learn(self.planning.streamed_steps())
         self.contents.resized = False
-
-    def replan(self) -> None:
-        """The configuration changed: plan anew at the next pass's start."""
-        self._planning.stale = True
 
     def prepare(self) -> None:
         """Start the first onloads now, if the network has learned and gradients are off."""
         if self.learned is not None and not self.busy and not torch.is_grad_enabled() and not self.contents.changed:
             self.end_pass(self._ends_by_itself)
             self._on_begin(self)
-            if self._planning.stale or self.contents.resized:
+            if self.planning.stale or self.contents.resized:
                 self._give_back()
             with self.judged(False):
                 self._enter()

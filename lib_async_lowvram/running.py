@@ -1,4 +1,4 @@
-"""Whether a thread is inside a call of a module right now.
+"""Whether a thread is inside a call of some modules right now.
 
 Problem: post hooks do not run for a BaseException (the WebUI's interrupt), so a pass that was interrupted stays open, and a
 drain asked for by another thread would be put off for ever. The thread's own stack knows better.
@@ -15,8 +15,9 @@ import sys
 from torch import nn
 
 
-def is_running(thread: int | None, module: nn.Module) -> bool:
-    """Whether a frame of `thread` (by `threading.get_ident`) has `module` as its `self`: its call, or its forward."""
+def is_running(thread: int | None, *modules: nn.Module) -> bool:
+    """Whether a frame of `thread` (by `threading.get_ident`) has one of `modules` as its `self`: its call, or its forward."""
+    wanted = {id(module) for module in modules}
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -25,7 +26,7 @@ def is_running(thread: int | None, module: nn.Module) -> bool:
         if collects:
             gc.enable()
     while frame is not None:
-        if frame.f_locals.get("self") is module:
+        if id(frame.f_locals.get("self")) in wanted:
             return True
         frame = frame.f_back
     return False

@@ -150,6 +150,60 @@ def test_a_drain_asked_for_while_a_pass_waits_on_another_thread() -> None:
     mover.detach()
 
 
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("passes", [0, 1, 3])
+def test_what_is_asked_for_during_a_stray_call_waits_for_its_end(budget: int, passes: int, asked: bool) -> None:
+    """A leaf called on its own, as `encode_embedding_init_text` does while a model is loaded: nobody announces a pass, and the
+    region it brought, or the resident it reads, must not go while it runs."""
+    streams = recorded()
+    net, twin = pair()
+    mover = attached(net, streams, budget, passes=passes)
+    before = [twin.leaves[0](X).detach(), twin.leaves[2](X).detach()]
+    seen: list[bool] = []
+
+    def inside(leaf: Leaf) -> None:
+        seen.append(streams.owns(leaf.weight.data_ptr()))
+        if asked:
+            on_thread(mover.drain)
+        seen.append(streams.owns(leaf.weight.data_ptr()))
+
+    for place, expected in zip((0, 2), before, strict=True):
+        net.leaves[place].inside = inside
+        assert torch.equal(call(net.leaves[place], streams), expected)
+    assert seen == [True] * 4
+    assert mover.status()["placement_faults"] == 0
+    on_thread(mover.drain)
+    assert streams.allocated_bytes == 0
+    same(net, twin, streams)
+    streams.check()
+    mover.detach()
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("passes", [0, 1, 3])
+def test_what_is_asked_for_during_an_open_ended_pass_waits_for_the_leaf_that_runs(budget: int, passes: int) -> None:
+    streams = recorded()
+    text, twin = pair()
+    mover = attached(NetworkSpec([Region(text)], text.leaves[0], open_ended=True), streams, budget, run=text, passes=passes)
+    seen: list[bool] = []
+
+    def inside(leaf: Leaf) -> None:
+        on_thread(mover.drain)
+        seen.append(streams.owns(leaf.weight.data_ptr()))
+
+    for leaf in (text.leaves[0], text.leaves[4]):
+        leaf.inside = inside
+    same(text, twin, streams)
+    assert seen == [True] * 2
+    assert mover.status()["placement_faults"] == 0
+    on_thread(mover.drain)
+    assert streams.allocated_bytes == 0
+    same(text, twin, streams)
+    streams.check()
+    mover.detach()
+
+
 def test_drain_from_another_thread_after_an_open_ended_pass_is_done_at_once() -> None:
     streams = simulated()
     text, _ = pair()

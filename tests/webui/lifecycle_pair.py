@@ -48,6 +48,11 @@ def counted(before: dict[str, Any], after: dict[str, Any]) -> dict[str, int]:
     return {key: after[key] - (0 if restarted else before.get(key, 0)) for key in COUNTERS}
 
 
+def own_threads(found: dict[str, Any]) -> int:
+    """Threads of a probed process, but for those the HTTP server keeps for requests, as many as once came together."""
+    return found["threads"] - found["python_threads"].get("AnyIO worker thread", 0)
+
+
 def check_idle(status: dict[str, Any]) -> None:
     """What must hold between two jobs."""
     assert status["state"] == "active", (status["state"], status["reason"])
@@ -88,12 +93,17 @@ class Pair:
         self.automatic = budget_mb == 0
 
     def quarter(self) -> int:
-        networks = self.ours.status().get("networks", {})
-        if "unet" not in networks:
+        """MB: of the smallest UNet there is ("unet", or "unet#2" where a first one has gone)."""
+        sizes = self._unets()
+        if not sizes:
             self.ours.set_options(**OUR_DEFAULTS)
             self.ours.pictures("txt2img", JOB)
-            networks = self.ours.status()["networks"]
-        return max(1, networks["unet"]["weight_bytes"] // 4 // MIB)
+            sizes = self._unets()
+        return max(1, min(sizes) // 4 // MIB)
+
+    def _unets(self) -> list[int]:
+        networks = self.ours.status().get("networks", {})
+        return [network["weight_bytes"] for name, network in networks.items() if name.startswith("unet")]
 
     def pictures(self, job: dict[str, Any], kind: str = "txt2img") -> tuple[list[str], list[str]]:
         """Of the same job on both, side by side."""
