@@ -33,6 +33,7 @@ class OffloadConfig:
         pinned_limit_bytes: page-locked host memory. Automatic: 40% of RAM on Windows, 60% elsewhere.
         small_leaf_bytes: units smaller than this stay resident whenever the budget allows: copies of them are all latency.
         reserve_bytes: device memory the automatic budget leaves alone.
+        preview_bytes: of the budget, what the preview decoder's weights may take instead of the networks'.
         always_write_back: take every use of a unit for a change: for programs that write weights through `.data`, which leaves
             no trace. Slow: all weights travel both ways, in every pass.
         check_placement: run streamed passes under the placement checker and count its faults (slow; for tests).
@@ -43,11 +44,12 @@ class OffloadConfig:
     pinned_limit_bytes: int = 0
     small_leaf_bytes: int = MIB
     reserve_bytes: int = 1024 * MIB
+    preview_bytes: int = 0
     always_write_back: bool = False
     check_placement: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("lookahead_bytes", "budget_bytes", "pinned_limit_bytes", "small_leaf_bytes", "reserve_bytes"):
+        for name in ("lookahead_bytes", "budget_bytes", "pinned_limit_bytes", "small_leaf_bytes", "reserve_bytes", "preview_bytes"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name} must be a whole number of bytes, 0 or more, not {value!r}")

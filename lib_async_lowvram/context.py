@@ -75,8 +75,8 @@ class Context:
     def budget(self) -> int:
         """Weight bytes allowed on the device now. Automatic: what is free (or ours already), less the activation peak seen
         so far, less the reserve."""
-        if self.config.budget_bytes:
-            return self.config.budget_bytes
-        streams = self.streams
-        room = streams.free_memory() + streams.allocated_bytes - streams.activation_growth() - self.config.reserve_bytes
-        return max(0, room // STEP * STEP)
+        config, streams = self.config, self.streams
+        if config.budget_bytes:
+            return max(0, config.budget_bytes - config.preview_bytes)
+        room = streams.free_memory() + streams.allocated_bytes - streams.activation_growth() - config.reserve_bytes
+        return max(0, (room - config.preview_bytes) // STEP * STEP)

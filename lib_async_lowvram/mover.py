@@ -27,6 +27,7 @@ from lib_async_lowvram.backups import Backups
 from lib_async_lowvram.claims import refuse_claimed
 from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.context import Context
+from lib_async_lowvram.core.states import UnitState
 from lib_async_lowvram.core.stats import Trace
 from lib_async_lowvram.device.address_ranges import HostRanges
 from lib_async_lowvram.device.choose import open_streams
@@ -50,9 +51,12 @@ class AsyncModelMover:
         demoted: the reason, once `demote` was called; "" before. last_error: the newest error, one line.
     """
 
-    def __init__(self, config: OffloadConfig | None = None, device: str | torch.device | Streams | None = None) -> None:
+    def __init__(
+        self, config: OffloadConfig | None = None, device: str | torch.device | Streams | None = None, host: HostMemory | None = None
+    ) -> None:
         """`device`: "cuda:1", "simulated", a `torch.device`, a `Streams` (which stays the caller's to close), or None for
-        the best at hand. Raises `UnsupportedDevice` with one line saying why for a device nobody can drive."""
+        the best at hand. `host`: another mover's, whose masters are shared with it (`shadow`). Raises `UnsupportedDevice` with
+        one line saying why for a device nobody can drive."""
         self.config = config or OffloadConfig()
         self._owns_streams = not isinstance(device, Streams)
         self.streams: Streams = open_streams(device) if self._owns_streams else device
@@ -60,8 +64,8 @@ class AsyncModelMover:
         if self.config.check_placement:
             ranges = HostRanges()
             checker = PlacementChecker(ranges.overlaps, counting=True)
-        host = HostMemory(self.streams, self.config.pinned_limit_bytes)
-        self._context = Context(self.streams, host, self.config, checker, ranges)
+        self.host = host or HostMemory(self.streams, self.config.pinned_limit_bytes)
+        self._context = Context(self.streams, self.host, self.config, checker, ranges)
         self._networks: dict[str, Network] = {}
         self._current: Network | None = None
         self.backups = Backups(self._context, lambda: self._current)
@@ -186,7 +190,7 @@ class AsyncModelMover:
         """Between two passes: the new configuration counts from here on."""
         before, self._context.config = self._context.config, self.config
         for network in self._networks.values():
-            network.replan()
+            network.planning.stale = True
         if self.config.pinned_limit_bytes != before.pinned_limit_bytes:
             if self._current is not None:
                 self._current.leave()  # nothing may be in flight while memory is unpinned
@@ -255,6 +259,20 @@ class AsyncModelMover:
             self.detach()
             if self.on_demote is not None:
                 self.on_demote(reason)
+
+    def masters(self, names: Iterable[str]) -> dict[int, torch.Tensor]:
+        """id of each managed Parameter of these networks -> the host tensor that holds its value, changes made on the host
+        included. True until somebody changes it."""
+        found: dict[int, torch.Tensor] = {}
+        with self._context.lock:
+            for name in names:
+                network = self._networks[name]
+                for unit in network.contents.units:
+                    if unit.state is UnitState.HOST and network is not self._current:
+                        network.contents.true_up(unit)
+                    for mine in unit.entries:
+                        found.update({id(seen): entry.master for entry in mine if (seen := entry.seen()) is not None})
+        return found
 
     # -- looking -------------------------------------------------------------------------------------------------------
     @property

@@ -32,13 +32,19 @@ from lib_async_lowvram.log import logger
 ERRORS_IN_A_ROW = 3
 """After so many, previews pause until the next job."""
 
+
+
+class NoRoom(Exception):
+    """Raised by a decoder that would need more device memory than there is: the frame is skipped, which is no error."""
+
+
 Decode = Callable[[torch.Tensor], torch.Tensor]
 """Latents [N, C, h, w] -> pictures [N, 3, H, W], values from -1 to 1, on the device."""
 
 
 @dataclass
 class PreviewCounters:
-    """Since the worker was made. `skipped`: replaced by a newer latent before it was decoded, or of a job that had ended.
+    """Since the worker was made. `skipped`: replaced by a newer latent before it was decoded, of a job that had ended, or no room.
     `decode_seconds`: on the worker, waits included. `submit_seconds`: on the sampling thread."""
 
     decoded: int = 0
@@ -123,6 +129,12 @@ class PreviewWorker:
             state.last_key, state.paused, state.failures = None, False, 0
             self._replace(None)
 
+    def refused(self, error: Exception) -> None:
+        """A frame could not even be submitted: counted as an error of this job."""
+        with self._changed:
+            job = self._state.job
+        self._failed(job, error)
+
     def quiesce(self) -> None:
         """Drop what waits, and block until the worker touches nothing of the model's any more."""
         with self._changed:
@@ -165,8 +177,12 @@ class PreviewWorker:
         started = time.perf_counter()
         try:
             shown = self._render(self._pixels(request))
+        except NoRoom:
+            with self._changed:
+                self.counters.skipped += 1
+            return
         except Exception as error:  # whatever a decoder raises costs one frame, never the job
-            self._failed(request, error)
+            self._failed(request.job, error)
             return
         with self._changed:
             if request.job != self._state.job:
@@ -177,11 +193,11 @@ class PreviewWorker:
             self.counters.decoded += 1
         self.counters.decode_seconds += time.perf_counter() - started
 
-    def _failed(self, request: _Request, error: Exception) -> None:
+    def _failed(self, job: int, error: Exception) -> None:
         with self._changed:
             state = self._state
             self.counters.errors += 1
-            if request.job != state.job:
+            if job != state.job:
                 return
             state.failures += 1
             if state.failures >= ERRORS_IN_A_ROW and not state.paused:

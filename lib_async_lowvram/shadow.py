@@ -27,7 +27,6 @@ class Shadow:
     Parameter points now - or None for one that has none; then `ValueError`."""
 
     def __init__(self, original: nn.Module, host_of: Callable[[nn.Parameter], torch.Tensor | None]) -> None:
-        self._host_of = host_of
         memo: dict[int, object] = {}
         self._over: list[tuple[nn.Module, str, int]] = []
         with torch.inference_mode(False), torch.no_grad():
@@ -48,11 +47,11 @@ class Shadow:
             for name in [name for name, value in vars(module).items() if callable(value) and hasattr(type(module), name)]:
                 delattr(module, name)
 
-    def holds(self) -> bool:
+    def holds(self, host_of: Callable[[nn.Parameter], torch.Tensor | None]) -> bool:
         """Whether the original's weights still are in the memory that this was made over."""
         for module, name, address in self._over:
             parameter = module._parameters.get(name)
-            host = None if parameter is None else self._host_of(parameter)
+            host = None if parameter is None else host_of(parameter)
             if host is None or host.data_ptr() != address:
                 return False
         return True

@@ -250,7 +250,7 @@ class Streaming:
         clock, self._transfers.clock = self._transfers.clock, None
         if clock is not None and complete:
             clock.end()
-            self._network.timed(clock)
+            self._network.planning.timed(clock)
             self._timed = True
         self._residents.all_arrived()
         self._residents.sweep()

@@ -21,7 +21,7 @@ LAYERS: dict[str, tuple[int, frozenset[str]]] = {
     "log": (0, frozenset()),
     "": (0, frozenset()),  # lib_async_lowvram/__init__.py
     "device": (1, frozenset({"torch"})),
-    "webui": (3, frozenset({"torch"}) | HOST),
+    "webui": (3, frozenset({"torch", "PIL"}) | HOST),
     "bench": (4, frozenset({"torch", "numpy", "safetensors", "tqdm", "matplotlib"})),
     "__main__": (5, frozenset()),
 }

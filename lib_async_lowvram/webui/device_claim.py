@@ -48,6 +48,11 @@ class DeviceClaim:
         self._take()
         self._unet_starting_on = threading.get_ident() if unet_pass else None
 
+    @property
+    def unet_is_starting(self) -> bool:
+        """Whether this thread is in a UNet pass none of whose blocks has run yet."""
+        return self._unet_starting_on == threading.get_ident()
+
     def region_entered(self) -> None:
         """A block, or another module that stock would move, is about to run."""
         self._take()
@@ -64,7 +69,7 @@ class DeviceClaim:
     def leave(self) -> None:
         """Somebody wants the device: ours off it. Except at the start of a UNet pass, on its own thread: ControlNet asks
         there, at every pass, and means what stock may have left there."""
-        if self._unet_starting_on != threading.get_ident():
+        if not self.unet_is_starting:
             self._drain()
 
     def job_over(self) -> None:

@@ -30,6 +30,7 @@ from lib_async_lowvram.webui.device_claim import DeviceClaim
 from lib_async_lowvram.webui.host import Host
 from lib_async_lowvram.webui.lora import LoraBackups
 from lib_async_lowvram.webui.models import ManagedModels
+from lib_async_lowvram.webui.preview import LivePreviews
 from lib_async_lowvram.webui.regions import UNET
 from lib_async_lowvram.webui.settings import SettingsReader
 from lib_async_lowvram.webui.stock import Link, harvest, vae_originals
@@ -70,7 +71,12 @@ class Integration:
         self._device = DeviceClaim(self._host_lowvram, self._drain)
         self._lora = LoraBackups(lambda: getattr(self._models.mover, "backups", None))
         self._upscalers = Upscalers(lambda: self._protected("making room for an upscaler", self._drain))
+        self._previews = LivePreviews(lambda: self._models.mover, self._link_of, lambda: self.settings.config().preview_bytes)
         self._lock = threading.RLock()
+
+    def _link_of(self, model: nn.Module | None) -> Link | None:
+        managed = self._models.find(model)
+        return None if managed is None else managed.link
 
     def _open_mover(self) -> Any:
         self._config = self.settings.config()
@@ -91,6 +97,8 @@ class Integration:
             for owner, field, handler in running._patches():
                 patching.put(owner, field, handler)
         running.adopt_loaded()
+        if not running._in_job:
+            running._follow_previews()
         return running
 
     def _patches(self) -> Iterator[tuple[Any, str, Callable]]:
@@ -114,6 +122,7 @@ class Integration:
 
     def _close_now(self) -> None:
         self._closing = False
+        self._previews.switch(False)
         try:
             self._models.close()
         finally:
@@ -184,6 +193,8 @@ class Integration:
             self._models.mover.drain()
 
     def _on_send_everything_to_cpu(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
+        if not self._device.unet_is_starting:
+            self._previews.quiesce()  # models are about to change, or the batch is over
         self._device.leave()  # also when another extension has written None to module_in_gpu, so that stock has nothing to move
         self._device.give_up()
         return stock(*args, **kwargs)
@@ -234,6 +245,7 @@ class Integration:
         return stock(state, *args, **kwargs)
 
     def _job_starting(self) -> None:
+        self._previews.new_job()
         with self._lock:
             self._models.forget_dead()
             if self._in_job:
@@ -241,8 +253,10 @@ class Integration:
             self._in_job = True
             wanted = self.settings.enabled()
             if wanted == self._enabled:
+                self._follow_previews()
                 return
             self._enabled = wanted
+            self._follow_previews()
             if wanted:
                 self.adopt_loaded()
                 logger.info("switched on: weights travel while the GPU computes")
@@ -252,7 +266,11 @@ class Integration:
                 self._stock_again()
                 logger.info("switched off: stock --lowvram moves the weights")
 
+    def _follow_previews(self) -> None:
+        self._previews.switch(self._enabled and not self._demoted and self.settings.previews())
+
     def _job_over(self) -> None:
+        self._previews.new_job()
         with self._lock:
             self._device.job_over()
             self._protected("closing a job", self._drain)
@@ -265,6 +283,7 @@ class Integration:
         with self._lock:
             self._demoted = reason
             logger.warning("%s: stock --lowvram moves the weights from here on; switch the option off and on to try again", reason)
+            self._previews.switch(False)
             self._models.release_all()
             self._stock_again()
 
@@ -283,6 +302,7 @@ class Integration:
         mover = self._models.mover
         status = dict(mover.status()) if mover is not None else {}
         status["device"] = self.host.device_name
+        status["preview"] = self._previews.status()
         if self._last_error and not status.get("last_error"):
             status["last_error"] = self._last_error
         if self._demoted:

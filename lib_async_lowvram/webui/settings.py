@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lib_async_lowvram.config import OffloadConfig
+from lib_async_lowvram.config import MIB, OffloadConfig
 from lib_async_lowvram.log import logger
 
 SECTION = ("async_lowvram", "Async LowVRAM")
@@ -21,8 +21,12 @@ CATEGORY = "sd"
 ENABLED = "async_lowvram_enabled"
 PREFIX = "async_lowvram_"
 SIZES = ("lookahead_mb", "budget_mb", "pinned_mb")
+PREVIEWS = "async_lowvram_previews"
 ALWAYS_WRITE_BACK = "async_lowvram_always_write_back"
 CHECK_PLACEMENT_VARIABLE = "ASYNC_LOWVRAM_CHECK_PLACEMENT"
+
+FULL_PREVIEW_BYTES = 32 * MIB
+"""Of the budget: the ring and small leaves of a VAE that decodes previews. Two of its largest leaf are 9.4 MB in half precision."""
 
 _REMEMBERED_MESSAGES = 64
 
@@ -58,6 +62,14 @@ _OPTIONS: dict[str, tuple[str, str, dict[str, Any], Any, str]] = {
         0,
         "how much main memory may be locked for fast transfers; 0 = automatic: 60% of RAM, 40% on Windows; lower it if other programs run "
         "short of memory; weights beyond it travel more slowly",
+    ),
+    PREVIEWS: (
+        "Decode live previews on their own stream",
+        "Checkbox",
+        {},
+        True,
+        "previews no longer stop the sampling, and show all pictures of a batch; off gives the WebUI's own previews back; applies to the "
+        "next job; method and period are chosen under Live previews, and the Full method needs to be allowed with lowvram there",
     ),
     ALWAYS_WRITE_BACK: (
         "Always write weights back",
@@ -109,13 +121,31 @@ class SettingsReader:
         self._tell(f"setting {key}: {str(raw)[:40]!r} is neither yes nor no, taken as {'yes' if default else 'no'}")
         return default
 
+    def previews(self) -> bool:
+        """Whether live previews are to be decoded on their own stream."""
+        return self._yes(PREVIEWS)
+
+    def full_previews(self, values: Mapping[str, Any]) -> bool:
+        """Whether the VAE itself decodes previews there: the host's own options say so."""
+        return (
+            values.get("show_progress_type") == "Full"
+            and bool(values.get("live_preview_allow_lowvram_full"))
+            and bool(values.get("live_previews_enable", True))
+            and self._yes(PREVIEWS)
+        )
+
     def config(self) -> OffloadConfig:
         """What the user wants, sizes clamped. Cheap when nothing has changed: four look-ups and a comparison."""
         values = self._values()
-        raw = (*(values.get(PREFIX + key, 0) for key in SIZES), values.get(ALWAYS_WRITE_BACK, False))
+        full = self.full_previews(values)
+        raw = (*(values.get(PREFIX + key, 0) for key in SIZES), values.get(ALWAYS_WRITE_BACK, False), full)
         if self._raw is None or not _same(raw, self._raw):
             self._raw = raw
-            fixed = {"check_placement": self._check_placement, "always_write_back": self._yes(ALWAYS_WRITE_BACK)}
+            fixed = {
+                "check_placement": self._check_placement,
+                "always_write_back": self._yes(ALWAYS_WRITE_BACK),
+                "preview_bytes": FULL_PREVIEW_BYTES if full else 0,
+            }
             self._config, messages = OffloadConfig.parse(dict(zip(SIZES, raw, strict=False)), **fixed)
             for message in messages:
                 self._tell(f"setting {PREFIX}{message}")

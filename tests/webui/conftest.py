@@ -26,8 +26,8 @@ from recording_mover import RecordingMover  # noqa: E402
 
 from lib_async_lowvram.webui import patching  # noqa: E402
 
-_NAMES = ("devices", "errors", "launch_utils", "lowvram", "options", "patches", "script_callbacks", "scripts", "sd_models", "shared",
-          "shared_state", "upscaler")
+_NAMES = ("devices", "errors", "images", "launch_utils", "lowvram", "options", "patches", "script_callbacks", "scripts", "sd_models",
+          "sd_samplers_common", "sd_vae_approx", "sd_vae_taesd", "shared", "shared_state", "upscaler")
 
 
 def _forget_fakes() -> None:

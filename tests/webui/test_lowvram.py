@@ -355,7 +355,7 @@ def test_loaded_again_before_the_job_ended(webui, recording):
 
 
 def test_every_patch_is_undone(webui, recording):
-    assert len(webui.patches.originals["async_lowvram"]) == 8
+    assert len(webui.patches.originals["async_lowvram"]) == 10
     patched = {key: getattr(*key) for key in webui.patches.originals["async_lowvram"]}
     originals = dict(webui.patches.originals["async_lowvram"])
     recording.integration.close()

@@ -99,7 +99,7 @@ def test_run_twice_as_reload_ui_does(webui, run_script, on_the_simulated_device)
     webui.script_callbacks.callbacks.clear()
     second = run_script()
     assert second["integration"] is not first["integration"]
-    assert len(webui.patches.originals["async_lowvram"]) == 8
+    assert len(webui.patches.originals["async_lowvram"]) == 10
 
 
 def test_run_twice_without_unloading(webui, run_script, on_the_simulated_device):

@@ -8,7 +8,7 @@ import pytest
 
 from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.webui import settings
-from lib_async_lowvram.webui.settings import ALWAYS_WRITE_BACK, ENABLED, PREFIX, SettingsReader
+from lib_async_lowvram.webui.settings import ALWAYS_WRITE_BACK, ENABLED, FULL_PREVIEW_BYTES, PREFIX, PREVIEWS, SettingsReader
 
 MIB = 1 << 20
 
@@ -20,12 +20,13 @@ def reader(values):
 def test_registered_with_a_text_people_understand(webui):
     settings.register()
     labels = webui.shared.opts.data_labels
-    assert set(labels) == {ENABLED, ALWAYS_WRITE_BACK, *(PREFIX + key for key in settings.SIZES)}
+    assert set(labels) == {ENABLED, PREVIEWS, ALWAYS_WRITE_BACK, *(PREFIX + key for key in settings.SIZES)}
     for option in labels.values():
         assert option.section == ("async_lowvram", "Async LowVRAM")
         assert option.category_id == "sd"
         assert len(option.comment_after) > 40
     assert webui.data[ENABLED] is True
+    assert webui.data[PREVIEWS] is True
     assert webui.data[ALWAYS_WRITE_BACK] is False
     assert [webui.data[PREFIX + key] for key in settings.SIZES] == [0, 0, 0]
     assert [labels[PREFIX + key].component_args["maximum"] for key in settings.SIZES] == [4096, 24576, 65536]
@@ -56,6 +57,24 @@ def test_always_write_back(value, meant, said):
     assert said().count(ALWAYS_WRITE_BACK) == (value not in (0, 1))
     values[ALWAYS_WRITE_BACK] = not meant
     assert read.config() == OffloadConfig(always_write_back=not meant)
+
+
+FULL = {"show_progress_type": "Full", "live_preview_allow_lowvram_full": True}
+
+
+@pytest.mark.parametrize(
+    ("values", "reserved"),
+    [
+        (FULL, FULL_PREVIEW_BYTES),
+        ({**FULL, "live_previews_enable": False}, 0),
+        ({**FULL, "live_preview_allow_lowvram_full": False}, 0),
+        ({**FULL, "show_progress_type": "Approx NN"}, 0),
+        ({**FULL, PREVIEWS: False}, 0),
+        ({}, 0),
+    ],
+)
+def test_full_previews_take_their_part_of_the_budget(values, reserved):
+    assert reader(values).config() == OffloadConfig(preview_bytes=reserved)
 
 
 @pytest.mark.parametrize("hostile", ["abc", -5, None, math.nan, True, [], {}, "", -math.inf, b"12", "9" * 5000 + "x"])

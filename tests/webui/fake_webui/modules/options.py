@@ -26,6 +26,12 @@ class Options:
         self.data_labels[key] = info
         self.data.setdefault(key, info.default)
 
+    def __getattr__(self, key):
+        data = self.__dict__.get("data", {})
+        if key in data:
+            return data[key]
+        raise AttributeError(key)
+
     def set(self, key, value, is_api=False, run_callbacks=True):
         self.data[key] = value
         return True

@@ -1,0 +1,5 @@
+"""Pictures side by side."""
+
+
+def image_grid(pictures):
+    return ("grid", pictures)
