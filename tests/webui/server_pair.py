@@ -48,9 +48,13 @@ class Pair:
             server.set_options(**options)
 
     @contextmanager
-    def options(self, **options: Any) -> Iterator[None]:
-        """On both servers, and back to what they were."""
-        before = [{name: server.get("/sdapi/v1/options").get(name) for name in options} for server in self.servers]
+    def options(self, *, back: dict[str, Any] | None = None, **options: Any) -> Iterator[None]:
+        """On both servers, and back to what they were; `back` says what that was where the host does not tell: options of
+        extensions are not among those it lists."""
+        before = []
+        for server in self.servers:
+            known = {**server.get("/sdapi/v1/options"), **(back or {})}
+            before.append({name: known[name] for name in options})
         self.set_options(**options)
         try:
             yield

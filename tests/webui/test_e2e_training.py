@@ -21,17 +21,19 @@ TOKEN = "picture"
 
 
 @pytest.fixture
-def data(tmp_path):
-    return make_fixtures.write_training_data(tmp_path / "data")
+def data(pair, tmp_path):
+    """What is trained on. The host would write its settings into a folder that it only makes for other files."""
+    with pair.options(save_training_settings_to_txt=False):
+        yield make_fixtures.write_training_data(tmp_path / "data")
 
 
 def order(data, log, steps, **more):
-    """All the host asks for; nothing saved or drawn on the way."""
+    """All the host asks for. Pictures drawn on the way have a seed only as `preview_from_txt2img`."""
     return {
         "id_task": "feat", "learn_rate": "0.05", "batch_size": 1, "gradient_step": 1, "data_root": str(data), "log_directory": str(log),
         "training_width": 64, "training_height": 64, "varsize": False, "steps": steps, "clip_grad_mode": "disabled", "clip_grad_value": 0.1,
         "shuffle_tags": False, "tag_drop_out": 0, "latent_sampling_method": "once", "use_weight": False, "create_image_every": 0,
-        "template_filename": "none.txt", "preview_from_txt2img": False, "preview_prompt": "", "preview_negative_prompt": "",
+        "template_filename": "none.txt", "preview_from_txt2img": True, "preview_prompt": "a dog", "preview_negative_prompt": "",
         "preview_steps": 2, "preview_sampler_name": "Euler a", "preview_cfg_scale": 7, "preview_seed": 1, "preview_width": 64,
         "preview_height": 64, **more,
     }  # fmt: skip
@@ -54,6 +56,7 @@ def test_train_an_embedding(pair, data, tmp_path, pictures_every):
             path = folder / f"{TOKEN}.pt"
             start = {"name": TOKEN, "num_vectors_per_token": 2, "overwrite_old": True, "init_text": "dog"}
             server.post("/sdapi/v1/create/embedding", start)
+            server.post("/sdapi/v1/refresh-embeddings", {})  # the host would not look again at a file it knows
             created.append(vectors_of(path))
             server.pictures("txt2img", JOB)  # its seed is that of the training, too
             details = {"embedding_name": TOKEN, "save_embedding_every": 0, "save_image_with_stored_embedding": False}
