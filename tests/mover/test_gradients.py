@@ -157,6 +157,43 @@ def test_gradients_turned_on_in_the_middle_of_a_pass(device: str, budget: int, o
         made.passes(2)
 
 
+class Briefly(Chain):
+    """Turns gradients on before one leaf, which turns them off again before it is done."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for number, leaf in enumerate(self.leaves):
+            torch.set_grad_enabled(number == 2)
+            x = leaf(x)
+        return x
+
+
+@every_budget
+def test_gradients_on_for_one_leaf_and_off_before_it_ends(budget: int) -> None:
+    streams = simulated()
+    net, twin = pair(Briefly)
+    mover = attached(net, streams, budget)
+    taken: list[torch.Tensor] = []
+    for chain in (net, twin):
+        leaf = chain.leaves[2]
+
+        def forward(x: torch.Tensor, leaf: nn.Module = leaf) -> torch.Tensor:
+            taken.append((leaf.weight.t() * leaf.weight.t()).sum())  # its gradient reads the weight again
+            torch.set_grad_enabled(False)
+            return x + taken[-1]
+
+        leaf.forward = forward
+    with torch.no_grad():
+        same(net, twin, streams)
+        del taken[2:]  # the graphs of this pass are looked at when the next one is over
+        same(net, twin, streams)
+    mover.drain()
+    for loss in taken[:2]:
+        loss.backward()
+    assert net.leaves[2].weight.grad.isfinite().all()
+    assert torch.equal(net.leaves[2].weight.grad, twin.leaves[2].weight.grad)
+    mover.detach()
+
+
 # -- passes that somebody opens ----------------------------------------------------------------------------------------
 def opened(budget: int, streams: object) -> tuple:
     net, twin = pair()
@@ -203,6 +240,25 @@ def test_an_announced_pass_with_gradients(budget: int, streamed: bool, announced
             same(net, twin, streams)
     assert mover.status()["passes"] >= 2
     assert mover.status()["placement_faults"] == 0
+    mover.detach()
+
+
+def test_a_learning_pass_with_gradients_keeps_nothing_that_would_be_written_again() -> None:
+    # The graph still has the old bytes when the next pass brings others.
+    streams = simulated()
+    net, twin, mover = opened(EVERYTHING, streams)
+    with torch.no_grad(), mover.running("net"), torch.enable_grad():
+        got = net(X)
+    expected = twin(X)
+    for chain in (net, twin):
+        for leaf in chain.leaves:
+            leaf.weight.data = leaf.weight.data * 2
+    with torch.no_grad(), mover.running("net"):
+        same(net, twin, streams)
+    got.sum().backward()
+    expected.sum().backward()
+    for mine, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
     mover.detach()
 
 

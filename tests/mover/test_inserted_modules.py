@@ -50,6 +50,32 @@ def test_an_adapter_around_a_leaf_added_and_removed(device: str, budget: int) ->
         assert made.counted(2)["adopted"] == 0
 
 
+class Scaled(Zoo):
+    """Its norm has places for weights, and none there."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.scale = nn.LayerNorm(8, elementwise_affine=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale(super().forward(x))
+
+
+@every_device
+@every_budget
+def test_weights_given_to_a_module_that_had_places_for_them(device: str, budget: int) -> None:
+    with rig(device, budget, Scaled) as made:
+        seen: list[bool] = []
+        made.net.scale.register_forward_pre_hook(
+            lambda module, _: seen.append(module.weight is None or made.streams.owns(module.weight.data_ptr()))
+        )
+        made.both(lambda net: setattr(net.scale, "weight", nn.Parameter(torch.linspace(0.5, 1.5, 8))))
+        made.passes(3)
+        made.both(lambda net: setattr(net.scale, "weight", None))
+        made.passes(2)
+        assert seen == [True] * 5
+
+
 class Motion(nn.Module):
     def __init__(self) -> None:
         super().__init__()
