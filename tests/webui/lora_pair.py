@@ -93,9 +93,10 @@ class Pair:
             server.post(path, {})
 
     # -- jobs --------------------------------------------------------------------------------------------------------------
-    def run(self, name: str, what: dict[str, Any], kind: str = "txt2img", *, managed: bool = True) -> Outcome:
-        """The same job on both; fails when the pictures differ. `managed`: the mover has to have been at work."""
-        before = self.ours.status()
+    def run(self, name: str, what: dict[str, Any], kind: str = "txt2img", *, managed: bool = True, rebuilt: bool = False) -> Outcome:
+        """The same job on both; fails when the pictures differ. `managed`: the mover has to have been at work. `rebuilt`: the
+        job ends with another model than it began with, whose networks have counted from zero."""
+        before = {"networks": {}} if rebuilt else self.ours.status()
         got = self.ours.pictures(kind, what)
         after = self.ours.status()
         wanted = self.stock.pictures(kind, what)
@@ -141,10 +142,11 @@ class Pair:
             assert plan["resident_bytes"] == plan["weight_bytes"]
 
     # -- what is to be expected --------------------------------------------------------------------------------------------
-    def changed_by(self, *names: str) -> dict[str, int]:
-        """How many units of each network change when a set of networks comes, goes, or gives way to another."""
+    def changed_by(self, *names: str, but: str = " ") -> dict[str, int]:
+        """How many units of each network change when a set of networks comes, goes, or gives way to another; not counting
+        those whose names end with `but`."""
         return {
-            network: len(frozenset[str]().union(*(self.files[name].units[network] for name in names)))
+            network: len({unit for name in names for unit in self.files[name].units[network] if not unit.endswith(but)})
             for network in NETWORKS
         }
 

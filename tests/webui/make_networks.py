@@ -43,8 +43,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """`units`: names of what it changes, by network of the mover: not the UNet's `out`, which stock leaves on the device.
-    `biases`: how many layers of the UNet get a bias they did not have."""
+    """`units`: names of what it changes, by network of the mover (see `_changes`). `biases`: how many layers of the UNet get a
+    bias they did not have."""
 
     name: str
     units: dict[str, frozenset[str]]
@@ -158,19 +158,30 @@ RECIPES = (
 )
 
 
+def _changes(layer: Layer, last_block: str) -> bool:
+    """Whether patching it changes a unit that travels. Not the UNet's `out`, which stock leaves on the device; of open_clip's
+    encoder neither the last block, which does not run ("penultimate"), nor norms, whose class has a `forward` of its own."""
+    if layer.unit.startswith(TEXT[1]):
+        return len(layer.shape) > 1 and not layer.unit.startswith(last_block)
+    return not layer.unit.startswith(UNET + "out.")
+
+
 def make_networks(checkpoint: Path, folder: Path) -> dict[str, NetworkFile]:
     """Write all files; what each changes, by its name in a prompt."""
     layers = layers_of(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
+    blocks = {int(layer.unit.removeprefix(TEXT[1]).split(".")[0]) for layer in layers if layer.unit.startswith(TEXT[1])}
+    last_block = f"{TEXT[1]}{max(blocks, default=0)}."
     made = {}
     for recipe in RECIPES:
         generator = torch.Generator().manual_seed(recipe.seed)
         chosen = [layer for layer in layers if recipe.wanted(layer)]
         tensors = {f"{layer.name}.{part}": value for layer in chosen for part, value in recipe.content(layer, generator).items()}
         save_file({key: value.contiguous() for key, value in tensors.items()}, str(folder / f"{recipe.name}.safetensors"))
+        changed = [layer for layer in chosen if _changes(layer, last_block)]
         units = {
-            "text": frozenset(layer.unit for layer in chosen if layer.in_text),
-            "unet": frozenset(layer.unit for layer in chosen if not layer.in_text and not layer.unit.startswith(UNET + "out.")),
+            "text": frozenset(layer.unit for layer in changed if layer.in_text),
+            "unet": frozenset(layer.unit for layer in changed if not layer.in_text),
         }
         added = sum(f"{layer.name}.diff_b" in tensors and not layer.has_bias for layer in chosen)
         made[recipe.name] = NetworkFile(recipe.name, units, added)

@@ -112,16 +112,19 @@ def test_biases_in_a_second_pass(pair, plain):
 
 
 def test_functional(pair, plain):
-    """`lora_functional` computes beside the layers; what was written before is restored once, then nothing is written."""
+    """`lora_functional` computes beside the layers; what was written before is restored once, then nothing is written.
+    `MultiheadAttention` (open_clip) knows no such way: it stays patched."""
+    linear = pair.changed_by(ONE, but=".attn")
+    attention = {name: count - linear[name] for name, count in pair.changed_by(ONE).items()}
     written = pair.run("as weights", job(tag(ONE)))
     pair.set_options(lora_functional=True)
     beside = pair.run("functional", job(tag(ONE), prompt=pair.unheard_of(3)))
-    assert beside.write_backs() == pair.changed_by(ONE)
+    assert beside.write_backs() == linear
     beside = pair.run("functional, again", job(tag(ONE), prompt=pair.unheard_of(4)))
     assert beside.write_backs() == NOTHING
     without = pair.run("functional, without", job())
     assert without.pictures == plain
-    assert without.write_backs() == NOTHING
+    assert without.write_backs() == attention
     pair.set_options(lora_functional=False)
     back = pair.run("as weights again", job(tag(ONE)))
     assert back.pictures == written.pictures
