@@ -202,7 +202,8 @@ def test_switched_off_and_on_during_jobs(pair):
 
 def reload_ui(server, last_route):
     """Press the button in Settings, as the page does, and wait until the new UI answers. Asked seldom: a request that comes
-    between two lines of the host's start (after its middleware is set up, before its API is) ends the host, ours or stock. `last_route`: of those registered at start, one of the last."""
+    between two lines of the host's start (after its middleware is set up, before its API is) ends the host, ours or stock.
+    `last_route`: of those registered at start, one of the last."""
     config = server.get("/config")
     button = next(each["id"] for each in config["components"] if each["props"].get("elem_id") == "settings_restart_gradio")
     clicked = (button, [button, "click"])  # as gradio writes it, by version
