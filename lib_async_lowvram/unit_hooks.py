@@ -37,9 +37,20 @@ _UNITS: _Registry[nn.Module, Actor] = _Registry()
 _OBSERVED: _Registry[nn.Module, Actor] = _Registry()
 
 
-def _span_before(module: nn.Module, args: tuple, kwargs: dict) -> Any:
-    actor = _SPANS.get(module)
-    return None if actor is None else actor.before(module, args, kwargs)
+def _before(registry: _Registry[nn.Module, Actor], module: nn.Module, args: tuple, kwargs: dict | None) -> Any:
+    """`kwargs` is None when a hook that ran just before this one, in the same call, has taken this one off: torch calls it all
+    the same, but no longer knows that it wants them. Whoever acts for the module now, if anybody, must hear of the call."""
+    actor = registry.get(module)
+    if actor is None:
+        return None
+    if kwargs is not None:
+        return actor.before(module, args, kwargs)
+    changed = actor.before(module, args, {})
+    return None if changed is None else changed[0]
+
+
+def _span_before(module: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
+    return _before(_SPANS, module, args, kwargs)
 
 
 def _span_after(module: nn.Module, args: tuple, output: Any) -> None:
@@ -48,9 +59,8 @@ def _span_after(module: nn.Module, args: tuple, output: Any) -> None:
         actor.after(module)
 
 
-def _unit_before(module: nn.Module, args: tuple, kwargs: dict) -> Any:
-    actor = _UNITS.get(module)
-    return None if actor is None else actor.before(module, args, kwargs)
+def _unit_before(module: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
+    return _before(_UNITS, module, args, kwargs)
 
 
 def _unit_after(module: nn.Module, args: tuple, output: Any) -> None:
@@ -59,9 +69,8 @@ def _unit_after(module: nn.Module, args: tuple, output: Any) -> None:
         actor.after(module)
 
 
-def _observed_before(module: nn.Module, args: tuple, kwargs: dict) -> Any:
-    actor = _OBSERVED.get(module)
-    return None if actor is None else actor.before(module, args, kwargs)
+def _observed_before(module: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
+    return _before(_OBSERVED, module, args, kwargs)
 
 
 def _observed_after(module: nn.Module, args: tuple, output: Any) -> None:
