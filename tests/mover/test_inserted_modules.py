@@ -200,3 +200,34 @@ def test_a_hooked_unit_inside_another_under_lora(device: str, budget: int) -> No
                 block.linear.inner.register_forward_hook(change)
         assert made.counted()["write_backs"] == 2
         made.passes(2)
+
+
+@every_budget
+def test_gradients_that_come_on_while_another_unit_is_in_use(budget: int) -> None:
+    # One leaf has changed its weight and calls another one with gradients on: streaming ends with the first one in its place.
+    streams = simulated()
+    net, twin = pair()
+    mover = attached(net, streams, budget)
+    losses: list[torch.Tensor] = []
+    for chain in (net, twin):
+
+        def call_another(leaf: nn.Module, args: tuple, other: nn.Module = chain.leaves[2]) -> None:
+            leaf.weight.mul_(0.5)
+            with torch.enable_grad():
+                losses.append(other(args[0]).sum() + (other.weight.t() * other.weight.t()).sum())
+
+        chain.leaves[0].register_forward_pre_hook(call_another)
+    same(net, twin, streams)
+    same(net, twin, streams)
+    resident = streams.owns(net.leaves[2].weight.data_ptr())
+    if not resident:
+        mover.drain()
+    for loss in losses:  # nobody sees that arrived residents fire; what autograd keeps of them is theirs until they leave
+        loss.backward()
+    mover.drain()
+    for mine, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.equal(net.leaves[2].weight.grad, twin.leaves[2].weight.grad)
+    assert mover.status()["placement_faults"] == 0
+    mover.detach()
+    assert streams.allocated_bytes == 0
