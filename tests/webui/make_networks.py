@@ -143,7 +143,9 @@ RECIPES = (
         "e2e-two",
         2,
         # With the 3x3 convolutions, and of the text encoder only what is not attention.
-        lambda layer: "mlp" in layer.name if layer.in_text else "attn1" in layer.name or ("layers_" in layer.name and len(layer.shape) == 4),
+        lambda layer: (
+            "mlp" in layer.name if layer.in_text else "attn1" in layer.name or ("layers_" in layer.name and len(layer.shape) == 4)
+        ),
         low_rank,
     ),
     Recipe("e2e-unet", 3, lambda layer: not layer.in_text and "attn2" in layer.name and _is_weight(layer), low_rank),
