@@ -137,6 +137,10 @@ def _attends(layer: Layer) -> bool:
     return "transformer_blocks" in layer.name and _is_weight(layer)
 
 
+def _is_block_convolution(layer: Layer) -> bool:
+    return "layers_" in layer.name and len(layer.shape) == 4
+
+
 RECIPES = (
     Recipe("e2e-one", 1, lambda layer: _is_weight(layer) and (layer.in_text or "transformer_blocks" in layer.name), low_rank),
     Recipe(
