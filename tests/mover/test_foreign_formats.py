@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.lora_double import LoraDouble, Network
-from tests.mover.chains import X, judged
 from tests.mover.zoo import DEVICES, EVERYTHING, Rig, Zoo, every_budget, every_device, rig
 
 FLOAT8 = getattr(torch, "float8_e4m3fn", None)
@@ -201,13 +200,16 @@ def test_a_forward_replaced_on_the_instance(device: str, budget: int) -> None:
     with rig(device, budget) as made:
         for net in (made.net, made.twin):
             block = net.blocks[1]
-            block.plain = block.forward
-            block.forward = lambda x, block=block: block.plain(x * 0.5) * 2 + F.linear(x, block.linear.weight * 0)
-        with judged(made.streams):
-            expected = made.twin(X)
-            assert torch.equal(made.net.blocks[1].plain(torch.ones(1, 4, 8)), made.twin.blocks[1].plain(torch.ones(1, 4, 8)))
-            assert expected.isfinite().all()
-        made.both(lambda net: delattr(net.blocks[1], "forward"))
+            # The block in two halves; and a leaf that gets half of its input.
+            block.forward = lambda x, block=block: torch.cat([type(block).forward(block, part) for part in (x, x * 0.5)]).sum(0, keepdim=True)
+            leaf = net.blocks[2].wide
+            leaf.forward = lambda x, leaf=leaf: F.linear(x * 0.5, leaf.weight, leaf.bias)
+        before = made.mover.status()["networks"]["net"]["passes"]
+        made.passes(3)
+        assert made.mover.status()["networks"]["net"]["passes"] == before + 3
+        assert "forward" in vars(made.net.blocks[1]) and "forward" in vars(made.net.blocks[2].wide)  # nobody else's is put there
+        for net in (made.net, made.twin):
+            del net.blocks[1].forward, net.blocks[2].wide.forward
         made.passes(2)
 
 
