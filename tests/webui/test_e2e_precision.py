@@ -17,7 +17,9 @@ from pair_fixtures import JOB, QUARTER_AND_AUTOMATIC, img2img, needs_servers, pa
 
 pytestmark = needs_servers
 
-FP8 = [{"fp8_storage": "Enable", "cache_fp16_weight": False}, {"fp8_storage": "Enable", "cache_fp16_weight": True}]
+# Without live previews: on a CPU fp8 means autocast to bfloat16, and there the host's inline preview ends the job in an exception.
+NO_PREVIEWS = {"live_previews_enable": False}
+FP8 = [{"fp8_storage": "Enable", "cache_fp16_weight": kept, **NO_PREVIEWS} for kept in (False, True)]
 
 
 @pytest.fixture
@@ -50,15 +52,16 @@ def test_fp8_on_and_off(pair, how):
             pytest.skip("stock cannot run fp8 here")
         assert pair.same("fp8", expect=None) != plain
         pair.same("fp8 again")
-        pair.same("fp8, img2img", img2img(), "img2img")
-    assert pair.same("fp8 off again", expect=None) == plain
+        pair.same("fp8, img2img", img2img(), "img2img", expect=None)
+        pair.same("fp8, img2img again", img2img(), "img2img")
+    pair.same("fp8 off again", expect=None)  # not as before: the host loads the checkpoint through fp16 now
     pair.same("and again")
 
 
 @QUARTER_AND_AUTOMATIC
 @pytest.mark.parametrize("how", FP8, ids=["", "fp16 weights kept"])
 def test_lora_under_fp8(pair, lora, how):
-    plain = pair.same("no fp8, no LoRA")
+    pair.same("no fp8, no LoRA")
     with pair.options(**how):
         if not runs(pair, f"{how}"):
             pytest.skip("stock cannot run fp8 here")
@@ -69,7 +72,7 @@ def test_lora_under_fp8(pair, lora, how):
         assert pair.same("fp8, LoRA gone", expect=written) == without
         pair.same("fp8, LoRA once more", lora, expect=written)
     pair.same("LoRA, fp8 gone", lora, expect=None)
-    assert pair.same("neither", expect=None) == plain
+    pair.same("neither", expect=None)
 
 
 def test_vae_decodes_to_not_a_number(pair):
