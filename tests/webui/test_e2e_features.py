@@ -230,9 +230,14 @@ def test_extras_between_jobs(pair, upscaler):
 def test_live_previews(pair, method):
     with pair.options(live_previews_enable=False):
         plain = pair.same("no previews")
-    decoded = pair.ours.status()["networks"]["vae_decode"]["passes"]
+    before = pair.ours.status()
     on = {"live_previews_enable": True, "show_progress_every_n_steps": 1, "show_progress_type": method}
     with pair.options(**on, live_preview_allow_lowvram_full=True):
         assert pair.same(f"previews {method}") == plain
-    if method == "Full":  # decoded in the middle of the UNet's passes, by stock and by us
-        assert pair.ours.status()["networks"]["vae_decode"]["passes"] >= decoded + STEPS
+    if method == "Full":
+        assert decodes(pair.ours.status()) >= decodes(before) + 2, "one for the picture, and no preview"
+
+
+def decodes(status):
+    """By the VAE: in the middle of the UNet's passes, as stock does, or on the preview's own thread, which may skip some."""
+    return status["networks"]["vae_decode"]["passes"] + status["preview"]["decoded"]
