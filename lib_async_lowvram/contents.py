@@ -38,7 +38,7 @@ class Contents:
         self._context = context
         self._counters = counters
         self._tree = ModuleTree(spec)
-        self._table = UnitTable(context.host)
+        self._table = UnitTable(context.host, context.shares_masters)
         self._fingerprint: tuple[int, ...] = ()
         self._region: dict[int, int] = {}
         self._modules: list[weakref.ref[nn.Module]] = []

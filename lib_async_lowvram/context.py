@@ -55,6 +55,7 @@ class Context:
 
     Attributes:
         checker, host_ranges: the placement judge and what it guards; None unless the config asks for it.
+        shares_masters: another mover's masters are used where modules lie over them.
         trace: where spans of computing and stalls go; None = nowhere.
         gone: what networks had counted that are attached no longer (models that were thrown away).
     """
@@ -65,6 +66,7 @@ class Context:
     checker: PlacementChecker | None = None
     host_ranges: HostRanges | None = None
     trace: Trace | None = None
+    shares_masters: bool = False
     gone: Counters = field(default_factory=Counters)
     lock: threading.RLock = field(default_factory=threading.RLock)
     peaks: Peaks = field(init=False)

@@ -65,7 +65,7 @@ class AsyncModelMover:
             ranges = HostRanges()
             checker = PlacementChecker(ranges.overlaps, counting=True)
         self.host = host or HostMemory(self.streams, self.config.pinned_limit_bytes)
-        self._context = Context(self.streams, self.host, self.config, checker, ranges)
+        self._context = Context(self.streams, self.host, self.config, checker, ranges, shares_masters=host is not None)
         self._networks: dict[str, Network] = {}
         self._current: Network | None = None
         self.backups = Backups(self._context, lambda: self._current)

@@ -183,7 +183,8 @@ class Network:
             self._left_standing, self._regions = self._regions, None
         elif self._regions is not None:
             regions, self._regions = self._regions, None
-            observed = regions.close(keep=complete and not leaving)
+            # Whoever writes to masters without a trace would be overwritten by what is kept.
+            observed = regions.close(keep=complete and not leaving and not self.context.config.always_write_back)
             if observed is not None:
                 self.counters.learning_passes += 1
                 if complete and observed.firings:

@@ -209,10 +209,13 @@ class PreviewWorker:
         """uint8 [N, H, W, 3] on the host, in the buffer that the next frame will use again."""
         streams = self._streams
         streams.wait(streams.current_stream(), request.written)
-        decoded = request.decode(request.latent)
-        staged = self._staging(decoded.shape)
-        staged.copy_(decoded, non_blocking=True)
-        streams.synchronize(streams.record(streams.current_stream()))
+        try:
+            decoded = request.decode(request.latent)
+            staged = self._staging(decoded.shape)
+            staged.copy_(decoded, non_blocking=True)
+        finally:
+            # Also after an error: what was launched before it may still read the latent, which is let go of next.
+            streams.synchronize(streams.record(streams.current_stream()))
         return to_pixels(staged)
 
     def _staging(self, shape: torch.Size) -> torch.Tensor:

@@ -28,8 +28,9 @@ class UnitTable:
         units: by index. unmanaged: weakly, modules whose parameters cannot be packed.
     """
 
-    def __init__(self, host: HostMemory) -> None:
+    def __init__(self, host: HostMemory, share: bool = False) -> None:
         self._host = host
+        self._share = share
         self.units: list[Unit] = []
         self._by_member: dict[int, Unit] = {}
         self._unmanaged: list[weakref.ref[nn.Module]] = []
@@ -69,7 +70,7 @@ class UnitTable:
         self._by_member = {}
         for group in fresh:
             name = tree.names[id(group[0])]
-            unit = Unit(0, name, group, self._host)
+            unit = Unit(0, name, group, self._host, self._share)
             unit.shared = unit.must_reside = len(group) > 1
             self.units.append(unit)
         self._number(tree)
@@ -99,7 +100,7 @@ class UnitTable:
             unit = units[0]
             if len(units) > 1:
                 # One pack for all that this module reads itself.
-                unit = Unit(0, tree.names[anchor], [ref() for each in units for ref in each.members], self._host)
+                unit = Unit(0, tree.names[anchor], [ref() for each in units for ref in each.members], self._host, self._share)
                 self.units = [each for each in self.units if each not in units] + [unit]
             unit.anchor = weakref.ref(module)
         anchors = {id(unit.anchor()) for unit in self.units if unit.anchor is not None}

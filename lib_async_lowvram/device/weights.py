@@ -97,7 +97,9 @@ class Unit:
         dirty: somebody said that it was changed. suspect: taken for changed whenever it was on the device.
     """
 
-    def __init__(self, index: int, name: str, members: Iterable[nn.Module], host: HostMemory) -> None:
+    def __init__(self, index: int, name: str, members: Iterable[nn.Module], host: HostMemory, share: bool = False) -> None:
+        """`share`: use a block that holds exactly these parameters already as the master, instead of copying it. Only for who
+        never writes (`shadow`): anybody else would change whatever the block belongs to."""
         self.index = index
         self.name = name
         members = list(members)
@@ -116,6 +118,7 @@ class Unit:
         self.suspect = False
         self._bound_to = 0
         self._host = host
+        self._share = share
         self.master: torch.Tensor | None = None
         self.entries: tuple[tuple[Entry, ...], ...] = ()
         self._counts: tuple[int, ...] = ()
@@ -181,9 +184,8 @@ class Unit:
             self.dirty = False
 
     def _packed(self, sources: list[tuple[Entry, nn.Parameter]], size: int) -> torch.Tensor | None:
-        """The block that holds exactly these parameters at these offsets already, if there is one: other modules over the same
-        masters (`shadow`) share it instead of copying it."""
-        if not sources:
+        """The block that holds exactly these parameters at these offsets already, if there is one and it may be shared."""
+        if not sources or not self._share:
             return None
         storage = sources[0][1].untyped_storage()
         start = storage.data_ptr()

@@ -122,8 +122,8 @@ class Integration:
 
     def _close_now(self) -> None:
         self._closing = False
-        self._previews.switch(False)
         try:
+            self._previews.switch(False)
             self._models.close()
         finally:
             self._stock_again()
@@ -194,7 +194,7 @@ class Integration:
 
     def _on_send_everything_to_cpu(self, stock: Callable, *args: Any, **kwargs: Any) -> Any:
         if not self._device.unet_is_starting:
-            self._previews.quiesce()  # models are about to change, or the batch is over
+            self._protected("quieting previews", self._previews.quiesce)  # models are about to change, or the batch is over
         self._device.leave()  # also when another extension has written None to module_in_gpu, so that stock has nothing to move
         self._device.give_up()
         return stock(*args, **kwargs)

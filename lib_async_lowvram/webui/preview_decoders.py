@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -76,9 +77,14 @@ class FullDecoder:
         self._shadow: Shadow | None = None
         self._of: weakref.ref[nn.Module] | None = None
         self._shell: nn.Module | None = None
+        self._lock = threading.Lock()  # another thread may want the device back while a new frame begins
 
     def decode(self, model: nn.Module, networks: list[str], latents: torch.Tensor) -> torch.Tensor:
         """One picture at a time, to keep activations small. Raises `NoRoom` where the device is too full."""
+        with self._lock:
+            return self._decode(model, networks, latents)
+
+    def _decode(self, model: nn.Module, networks: list[str], latents: torch.Tensor) -> torch.Tensor:
         self._follow(model, networks)
         devices = importlib.import_module("modules.devices")
         dtype = next(self._shadow.module.parameters()).dtype
@@ -95,7 +101,7 @@ class FullDecoder:
         same = self._of is not None and self._of() is model
         if same and self._shadow is not None and self._shadow.holds(lambda parameter: masters.get(id(parameter))):
             return
-        self.rest()
+        self._forget()
         shadow = Shadow(model.first_stage_model, lambda parameter: masters.get(id(parameter)))
         # The model around it, with the shadow in its place and without its other networks: scale factors and the like are its.
         shell = copy.copy(model)
@@ -107,7 +113,11 @@ class FullDecoder:
 
     def rest(self) -> None:
         """Give device memory back, and let go of the model: no frame is being decoded. The next one makes a shadow again, which
-        takes no copy of weights."""
+        takes no copy of weights. Waits for a frame that has begun."""
+        with self._lock:
+            self._forget()
+
+    def _forget(self) -> None:
         self._own.detach()
         self._shadow = self._shell = self._of = None
 
