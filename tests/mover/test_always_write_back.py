@@ -54,3 +54,15 @@ def test_switched_on_and_off_between_passes() -> None:
         same(net, twin, streams)
     assert mover.status()["write_backs"] == before
     mover.detach()
+
+
+def test_an_untraced_write_right_after_the_learning_pass() -> None:
+    """Nothing that the learning pass left on the device hides it."""
+    streams = simulated()
+    net, twin = pair()
+    mover = attached(net, streams, 1 << 20, passes=0, always_write_back=True)
+    same(net, twin, streams)
+    for leaf in (net.leaves[2], twin.leaves[2]):
+        untraced(leaf)
+    same(net, twin, streams)
+    mover.detach()

@@ -105,3 +105,22 @@ def test_hooks_and_methods_put_over_the_original_stay_there() -> None:
 def test_what_has_no_master_cannot_be_shared() -> None:
     with pytest.raises(ValueError, match="no master"):
         Shadow(Chain(1), lambda parameter: None)
+
+
+def test_nobody_else_shares_a_master() -> None:
+    """A leaf given a Parameter over another leaf's master gets a copy: under stock, too, they part when they are moved."""
+    streams = simulated()
+    net, twin = pair()
+    mover = attached(net, streams)
+    mover.drain()
+    for each in (net, twin):
+        shared = each.leaves[1].weight.data
+        each.leaves[2].weight = nn.Parameter(shared if each is net else shared.clone(), requires_grad=False)
+
+    def double(leaf: nn.Module) -> None:
+        leaf.weight.mul_(2)
+
+    net.leaves[2].inside = twin.leaves[2].inside = double
+    for _ in range(3):
+        same(net, twin, streams)
+    mover.detach()
