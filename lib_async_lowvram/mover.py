@@ -31,6 +31,7 @@ from lib_async_lowvram.core.states import UnitState
 from lib_async_lowvram.core.stats import Trace
 from lib_async_lowvram.device.address_ranges import HostRanges
 from lib_async_lowvram.device.choose import open_streams
+from lib_async_lowvram.device.heap import trim_heap
 from lib_async_lowvram.device.host_memory import HostMemory
 from lib_async_lowvram.device.placement import PlacementChecker
 from lib_async_lowvram.device.streams import Streams
@@ -90,6 +91,7 @@ class AsyncModelMover:
                 spec = network if isinstance(network, NetworkSpec) else self._spec_of(network)
                 refuse_claimed(spec)
                 self._networks[name] = Network(name, spec, self._context, self._take_over, self._pass_ended)
+            trim_heap()  # where the weights were before they were packed
         return self
 
     def _spec_of(self, module: nn.Module) -> NetworkSpec:
