@@ -5,6 +5,9 @@ whether memory that still counts as used is held by somebody or only by the allo
 the `extensions` folder of both servers, the one with Async LowVRAM and the stock one.
 
 Reading it collects garbage and hands free heap pages back to the system first, so that what is left is held by somebody.
+
+GET /webui-sampler tells how long the sampling thread was at it since the last time it was asked: whole guided steps, and in them
+the end of each, between two of the host's callbacks, where it stores its latent and decodes the preview.
 """
 
 import ctypes
@@ -12,6 +15,7 @@ import gc
 import os
 import sys
 import threading
+import time
 from collections import Counter
 
 import torch
@@ -74,8 +78,44 @@ def look():
     }
 
 
+class SamplerClock:
+    """Seconds on the sampling thread, by the host's own callbacks."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.steps, self.step_seconds, self.preview_seconds = 0, 0.0, 0.0
+        self.began = self.denoised = None
+
+    def on_begin(self, params):
+        self.began, self.denoised = time.perf_counter(), None
+
+    def on_denoised(self, params):
+        self.denoised = time.perf_counter()
+
+    def on_end(self, params):
+        if self.began is not None and self.denoised is not None:
+            now = time.perf_counter()
+            self.steps += 1
+            self.step_seconds += now - self.began
+            self.preview_seconds += now - self.denoised
+
+    def take(self):
+        taken = {"steps": self.steps, "step_seconds": self.step_seconds, "preview_seconds": self.preview_seconds}
+        self.reset()
+        return taken
+
+
+clock = SamplerClock()
+
+
 def add_route(demo, app):
     app.add_api_route("/webui-probe", look, methods=["GET"])
+    app.add_api_route("/webui-sampler", clock.take, methods=["GET"])
 
 
+script_callbacks.on_cfg_denoiser(clock.on_begin)
+script_callbacks.on_cfg_denoised(clock.on_denoised)
+script_callbacks.on_cfg_after_cfg(clock.on_end)
 script_callbacks.on_app_started(add_route)
