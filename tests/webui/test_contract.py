@@ -11,43 +11,17 @@ import ast
 import importlib
 import importlib.util
 import inspect
-import os
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
+from checkout import CHECKOUT, NEEDS_CHECKOUT, definitions, parameters, parse, tree_of
 
 from lib_async_lowvram.webui.stock import closure_of, harvest, is_stock_hook, vae_originals
 
-CHECKOUT = os.environ.get("SD_WEBUI_DIR", "")
-
-pytestmark = [
-    pytest.mark.webui,
-    pytest.mark.skipif(
-        not (CHECKOUT and (Path(CHECKOUT) / "modules" / "lowvram.py").is_file()), reason="SD_WEBUI_DIR names no WebUI checkout"
-    ),
-]
-
-
-def parse(path: Path) -> ast.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some of the host's strings have doubtful escapes
-        return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def tree_of(name: str) -> ast.Module:
-    return parse(Path(CHECKOUT) / "modules" / f"{name}.py")
-
-
-def definitions(tree: ast.AST, kind=(ast.FunctionDef, ast.ClassDef)) -> dict[str, ast.AST]:
-    return {node.name: node for node in ast.walk(tree) if isinstance(node, kind)}
-
-
-def parameters(function: ast.FunctionDef) -> list[str]:
-    return [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
+pytestmark = NEEDS_CHECKOUT
 
 
 def real_module(name: str):
@@ -131,6 +105,7 @@ def test_nothing_we_patch_is_bound_by_name_elsewhere():
         "modules.lowvram": {"setup_for_low_vram", "send_everything_to_cpu", "module_in_gpu"},
         "modules.devices": {"torch_gc"},
         "modules.sd_models": {"send_model_to_trash"},
+        "modules.sd_samplers_common": {"store_latent"},
     }
     for folder in ("modules", "extensions-builtin", "scripts"):
         for path in (Path(CHECKOUT) / folder).rglob("*.py"):
