@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import threading
+import time
 import urllib.error
 from typing import Any
 
@@ -103,6 +104,17 @@ def task_of(server: Server, name: str) -> str:
     return f"task({name})"
 
 
+def settled(server: Server) -> dict[str, Any]:
+    """The status once every frame submitted has been decoded, skipped or given up: the last may be on its way when a job ends."""
+    for _ in range(600):
+        status = server.status()
+        counts = status["preview"]
+        if counts["decoded"] + counts["skipped"] + counts["errors"] == counts["submitted"]:
+            return status
+        time.sleep(0.05)  # polling a server, not synchronising: the answer decides
+    raise AssertionError(f"frames without an end: {counts}")
+
+
 @pytest.fixture(scope="module")
 def ours():
     server = Server(URL)
@@ -130,11 +142,11 @@ def wanted(ours):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_picture_does_not_know_of_its_previews(ours, wanted, method, every, batch):
     ours.set_options(live_previews_enable=True, show_progress_every_n_steps=every, show_progress_type=method)
-    before = ours.status()
+    before = settled(ours)
     task = task_of(ours, f"{method} {every} {batch}")
     with Pollers(ours, task) as pollers:
         got = ours.pictures("txt2img", {**JOB, "batch_size": batch, "n_iter": batch, "force_task_id": task or None})
-    after = ours.status()
+    after = settled(ours)
     counts = {name: after["preview"][name] - before["preview"][name] for name in ("submitted", "decoded", "skipped", "errors")}
     print(f"\n{method}, every {every}, batch {batch}: ours {' '.join(got)}")
     print(f"  frames {counts}, seen {len(pollers.frames)}, ids {pollers.ids[:1]}")
@@ -145,7 +157,7 @@ def test_the_picture_does_not_know_of_its_previews(ours, wanted, method, every, 
     assert 0 < counts["submitted"] <= due
     if every > 0:
         assert counts["decoded"] > 0
-    check_promises(after)
+    check_promises(after, peak=False)
 
 
 def test_the_last_frame_is_close_to_the_picture(ours):
@@ -180,7 +192,7 @@ def test_an_interrupt_with_previews_and_the_job_after_it(ours, wanted):
     ours.post("/sdapi/v1/reload-checkpoint", {})
     running.result()
     assert ours.pictures("txt2img", JOB) == wanted[1]
-    check_promises(ours.status())
+    check_promises(settled(ours), peak=False)
 
 
 def test_off_is_the_hosts_own(ours, wanted):
@@ -245,13 +257,13 @@ def test_what_previews_cost_the_sampler(ours, method):
     for way in ("none", "inline", "worker") * 3:
         ours.set_options(live_previews_enable=way != "none", async_lowvram_previews=way != "inline")
         ours.pictures("txt2img", {**job, "steps": 1})
-        before = ours.status()["preview"]
+        before = settled(ours)["preview"]
         try:
             ours.get("/webui-sampler")
         except urllib.error.HTTPError:
             pytest.skip("the server has no probe_extension")
         ours.pictures("txt2img", job)
-        took, after = ours.get("/webui-sampler"), ours.status()["preview"]
+        took, after = ours.get("/webui-sampler"), settled(ours)["preview"]
         assert took["steps"] == 12
         each.setdefault(way, []).append((took["preview_seconds"] / 12, took["step_seconds"] / 12))
         submit[way] = (after["submit_seconds"] - before["submit_seconds"], after["submitted"] - before["submitted"])
