@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lib_async_lowvram import __version__
+from lib_async_lowvram.bench.command import add_parser as add_bench_parser
 
-BENCH_NEEDS = ("torch", "numpy", "safetensors", "tqdm")
-DEMO_NEEDS = (*BENCH_NEEDS, "matplotlib")
+DEMO_NEEDS = ("torch", "numpy", "safetensors", "tqdm", "matplotlib")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,18 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0, help="of the weights and inputs (default: 0)")
     demo.add_argument("--passes", type=_at_least_one, default=9, help="passes to measure per contender (default: 9)")
     demo.set_defaults(run=_demo)
-    bench = commands.add_parser(
-        "bench",
-        help="measurements: what a change of LoRA costs",
-        description="Workload `patching`: the first passes after a LoRA is used, changed and removed, under stock's block moves and "
-        "under the mover, as a table; outputs are compared bit for bit.",
-    )
-    bench.add_argument("workload", choices=["patching"])
-    bench.add_argument("--device", help="cuda, cuda:1 ... or simulated (default: CUDA where there is one, else simulated)")
-    bench.add_argument("--seed", type=int, default=0, help="of weights, inputs and LoRA (default: 0)")
-    bench.add_argument("--rounds", type=_at_least_one, default=3, help="how often each event is measured (default: 3)")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    bench.set_defaults(run=_bench)
+    add_bench_parser(commands)
     options = parser.parse_args(arguments)
     return options.run(options)
 
@@ -66,26 +55,6 @@ def _demo(options: argparse.Namespace) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     if not summary["bitwise_equal"]:
-        print("error: the outputs are not bit for bit equal to the resident model's", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _bench(options: argparse.Namespace) -> int:
-    missing = [package for package in BENCH_NEEDS if find_spec(package) is None]
-    if missing:
-        return _failed(f"the benchmark needs {', '.join(missing)}: python -m pip install {' '.join(missing)}")
-    from lib_async_lowvram.bench.patching import PatchingSettings, run_patching
-    from lib_async_lowvram.device.choose import UnsupportedDevice
-
-    try:
-        result = run_patching(PatchingSettings(device=options.device, seed=options.seed, rounds=options.rounds, json=options.json))
-    except (UnsupportedDevice, OSError) as error:
-        return _failed(str(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    if not result["bitwise_equal"]:
         print("error: the outputs are not bit for bit equal to the resident model's", file=sys.stderr)
         return 1
     return 0
