@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from lib_async_lowvram.bench.placed import Placed
-from lib_async_lowvram.bench.unet import UNet, regions
+from lib_async_lowvram.bench.unet import UNet, kept, regions
 from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.core.stats import Trace
 from lib_async_lowvram.device.simulated import SimulatedStreams
@@ -33,8 +33,8 @@ from lib_async_lowvram.device.streams import Streams
 from lib_async_lowvram.mover import AsyncModelMover
 from lib_async_lowvram.network_spec import NetworkSpec, Region
 
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Latent, timesteps, context: all on the device."""
+Inputs = tuple[torch.Tensor, ...]
+"""Latent, timesteps, context, and for SDXL the label: all on the device."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Stock(Contender):
         self._blocks = regions(self.model)
         self._placed = {} if self._real else {block: Placed([block], self.streams) for block in self._blocks}
         self._memory = None if self._real else self.streams.allocate(max(placed.nbytes for placed in self._placed.values()))
-        self._kept = Placed([self.model.out], self.streams)
+        self._kept = Placed(kept(self.model), self.streams)
         self._kept.to_device()
         for block in self._blocks:
             self._hooks.append(block.register_forward_pre_hook(self._before))
@@ -202,7 +202,7 @@ class Async(Contender):
         self.mover: AsyncModelMover | None = None
 
     def setup(self) -> None:
-        self._kept = Placed([self.model.out], self.streams)
+        self._kept = Placed(kept(self.model), self.streams)
         self._kept.to_device()
         config = OffloadConfig(budget_bytes=self.budget_bytes - self._kept.nbytes, small_leaf_bytes=self.small_leaf_bytes)
         self.mover = AsyncModelMover(config, self.streams)

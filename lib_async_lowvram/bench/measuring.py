@@ -19,22 +19,29 @@ import torch
 
 from lib_async_lowvram.bench.contenders import Contender, Inputs
 from lib_async_lowvram.bench.report import Timeline
-from lib_async_lowvram.bench.unet import CONTEXT_TOKENS, CONTEXT_WIDTH, LATENT_CHANNELS
+from lib_async_lowvram.bench.shapes import CONTEXT_TOKENS, LATENT_CHANNELS, Shape, sd15_shape
 from lib_async_lowvram.core.stats import Trace
 
 BATCH = 2
 
 
-def make_inputs(count: int, latent: int, seed: int, device: torch.device, dtype: torch.dtype) -> list[Inputs]:
-    """`count` different inputs for the UNet: latent pictures of `latent` x `latent`, timesteps, prompts; each `BATCH` of
-    them, as the WebUI runs the prompt and the negative prompt together."""
+def make_inputs(
+    count: int, latent: int, seed: int, device: torch.device, dtype: torch.dtype, *, batch: int = BATCH, shape: Shape | None = None
+) -> list[Inputs]:
+    """`count` different inputs for a UNet of `shape` (SD1.5's unless given): latent pictures of `latent` x `latent`, timesteps,
+    prompts, labels where it has them; each `batch` of them: two, as the WebUI runs the prompt and the negative prompt of one
+    picture together."""
+    shape = shape or sd15_shape()
     generator = torch.Generator().manual_seed(seed)
     inputs = []
     for index in range(count):
-        picture = torch.randn(BATCH, LATENT_CHANNELS, latent, latent, generator=generator)
-        context = torch.randn(BATCH, CONTEXT_TOKENS, CONTEXT_WIDTH, generator=generator)
-        timesteps = torch.full((BATCH,), 999.0 * (count - index) / count)
-        inputs.append((picture.to(device, dtype), timesteps.to(device), context.to(device, dtype)))
+        picture = torch.randn(batch, LATENT_CHANNELS, latent, latent, generator=generator)
+        context = torch.randn(batch, CONTEXT_TOKENS, shape.context, generator=generator)
+        timesteps = torch.full((batch,), 999.0 * (count - index) / count)
+        one = [picture.to(device, dtype), timesteps.to(device), context.to(device, dtype)]
+        if shape.label:
+            one.append(torch.randn(batch, shape.label, generator=generator).to(device, dtype))
+        inputs.append(tuple(one))
     return inputs
 
 

@@ -1,10 +1,10 @@
-"""A UNet of Stable Diffusion 1.5's shape in plain torch, as wide as one likes.
+"""A UNet of Stable Diffusion's shape (1.5's or XL's) in plain torch, as wide as one likes.
 
 Problem: timings mean something only on the real block structure. A real UNet's weights sit in its deep blocks and its
 computing in its shallow ones, so a made-up stack of equal layers would flatter any scheduler. But the demo must run on
-two CPU cores, with torch alone and without a download. So this is the same tree - `time_embed`, twelve input blocks, the
-middle, twelve output blocks, `out`, with residual blocks, self- and cross-attention, GEGLU, down- and upsampling - whose
-width is a parameter: `sd15(320)` has exactly SD1.5's 859,520,964 parameters, `sd15(96)` about a tenth of them.
+two CPU cores, with torch alone and without a download. So this is the same tree - `time_embed`, SDXL's `label_emb`, input
+blocks, the middle, output blocks, `out`, with residual blocks, self- and cross-attention, GEGLU, down- and upsampling - whose
+shape is a parameter (`bench/shapes.py`): `sd15(320)` has exactly SD1.5's 859,520,964 parameters, `sd15(96)` about a tenth.
 
 Invariant: the output reacts to every parameter. Nothing is initialised to zero (training starts from zeros, a test must
 not), so a weight that is late, stale or poisoned anywhere changes the result.
@@ -23,27 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-MULTIPLIERS = (1, 2, 4, 4)
-"""Width of each level, in units of `channels`. Each level but the first has half the height and width of the one before."""
-
-ATTENTION_LEVELS = (0, 1, 2)
-RES_BLOCKS = 2
-"""Residual blocks per level on the way down; one more on the way up."""
-
-LATENT_CHANNELS = 4
-CONTEXT_TOKENS = 77
-CONTEXT_WIDTH = 768
-HEADS = 8
-
-
-def group_count(channels: int) -> int:
-    """Groups of every GroupNorm: SD's 32 where the width allows it, else the largest power of two below that leaves at
-    least three channels to a group. With one channel to a group, the norm would cancel the bias of the layer before it,
-    and the output would no longer react to it."""
-    groups = 32
-    while groups > 1 and (channels % groups or channels // groups < 3):
-        groups //= 2
-    return groups
+from lib_async_lowvram.bench.shapes import LATENT_CHANNELS, RES_BLOCKS, Shape, sd15_shape
 
 
 class ResBlock(nn.Module):
@@ -68,8 +48,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of [B, N, C] over `context` [B, M, D], or over itself."""
 
-    def __init__(self, channels: int, context: int) -> None:
+    def __init__(self, channels: int, context: int, heads: int) -> None:
         super().__init__()
+        self.heads = heads
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context, channels, bias=False)
         self.to_v = nn.Linear(context, channels, bias=False)
@@ -81,9 +62,8 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(h.transpose(1, 2).flatten(2))
 
-    @staticmethod
-    def _split(x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(2, (HEADS, -1)).transpose(1, 2)
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -99,29 +79,54 @@ class FeedForward(nn.Module):
         return self.narrow(value * F.gelu(gate))
 
 
-class SpatialTransformer(nn.Module):
-    """Self-attention over the pixels, cross-attention to the prompt, feed-forward. [B, C, H, W] -> the same."""
+class TransformerBlock(nn.Module):
+    """Self-attention over the pixels, cross-attention to the prompt, feed-forward. [B, N, C] -> the same."""
 
-    def __init__(self, channels: int, context: int, groups: int) -> None:
+    def __init__(self, channels: int, context: int, heads: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
         self.norm_self = nn.LayerNorm(channels)
-        self.attn_self = Attention(channels, channels)
+        self.attn_self = Attention(channels, channels, heads)
         self.norm_cross = nn.LayerNorm(channels)
-        self.attn_cross = Attention(channels, context)
+        self.attn_cross = Attention(channels, context, heads)
         self.norm_ff = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, h: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        h = h + self.attn_self(self.norm_self(h))
+        h = h + self.attn_cross(self.norm_cross(h), context)
+        return h + self.ff(self.norm_ff(h))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a picture. [B, C, H, W] -> the same."""
+
+    def __init__(self, channels: int, shape: Shape, depth: int) -> None:
+        super().__init__()
+        self.linear = shape.linear
+        self.norm = nn.GroupNorm(shape.groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if shape.linear else nn.Conv2d(channels, channels, 1)
+        heads = shape.heads_of(channels)
+        self.blocks = nn.ModuleList([TransformerBlock(channels, shape.context, heads) for _ in range(depth)])
+        self.proj_out = nn.Linear(channels, channels) if shape.linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         height, width = x.shape[-2:]
-        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
-        h = h + self.attn_self(self.norm_self(h))
-        h = h + self.attn_cross(self.norm_cross(h), context)
-        h = h + self.ff(self.norm_ff(h))
-        h = h.transpose(1, 2).unflatten(2, (height, width)).contiguous()
-        return x + self.proj_out(h)
+        h = self.norm(x)
+        h = self.proj_in(_rows(h)) if self.linear else _rows(self.proj_in(h))
+        for block in self.blocks:
+            h = block(h, context)
+        h = _picture(self.proj_out(h), height, width) if self.linear else self.proj_out(_picture(h, height, width))
+        return x + h
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[B, C, H, W] -> [B, H * W, C]"""
+    return x.flatten(2).transpose(1, 2)
+
+
+def _picture(h: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """[B, H * W, C] -> [B, C, H, W]"""
+    return h.transpose(1, 2).unflatten(2, (height, width)).contiguous()
 
 
 class Downsample(nn.Conv2d):
@@ -157,54 +162,62 @@ class Block(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """The UNet of SD1.5. `forward(x [B, 4, H, W], timesteps [B], context [B, 77, 768])` -> [B, 4, H, W]; height and width
-    are multiples of 8."""
+    """`forward(x [B, 4, H, W], timesteps [B], context [B, 77, shape.context])` -> [B, 4, H, W]; where the shape has a label,
+    that comes fourth: [B, shape.label]. Height and width are multiples of `shape.least_latent()`."""
 
-    def __init__(self, channels: int, context: int = CONTEXT_WIDTH) -> None:
-        if channels < HEADS or channels % HEADS:
-            raise ValueError(f"channels must be a positive multiple of {HEADS}, not {channels}")
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.channels = channels
-        embedding = 4 * channels
-        groups = group_count(channels)
+        self.shape = shape
+        channels, embedding, groups = shape.channels, shape.embedding, shape.groups
 
-        self.time_embed = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.time_embed = _embedding(channels, embedding)
+        if shape.label:
+            self.label_emb = _embedding(shape.label, embedding)
         self.input_blocks = nn.ModuleList([Block(nn.Conv2d(LATENT_CHANNELS, channels, 3, padding=1))])
         width = channels
         skips = [width]
-        for level, multiplier in enumerate(MULTIPLIERS):
+        levels = list(zip(shape.widths, shape.depths, strict=True))
+        for level, (wide, depth) in enumerate(levels):
             for _ in range(RES_BLOCKS):
-                layers: list[nn.Module] = [ResBlock(width, multiplier * channels, embedding, groups)]
-                width = multiplier * channels
-                if level in ATTENTION_LEVELS:
-                    layers.append(SpatialTransformer(width, context, groups))
+                layers: list[nn.Module] = [ResBlock(width, wide, embedding, groups)]
+                width = wide
+                if depth:
+                    layers.append(SpatialTransformer(width, shape, depth))
                 self.input_blocks.append(Block(*layers))
                 skips.append(width)
-            if level < len(MULTIPLIERS) - 1:
+            if level < len(levels) - 1:
                 self.input_blocks.append(Block(Downsample(width)))
                 skips.append(width)
 
         self.middle_block = Block(
             ResBlock(width, width, embedding, groups),
-            SpatialTransformer(width, context, groups),
+            SpatialTransformer(width, shape, shape.middle_depth),
             ResBlock(width, width, embedding, groups),
         )
 
         self.output_blocks = nn.ModuleList()
-        for level, multiplier in reversed(list(enumerate(MULTIPLIERS))):
+        for level, (wide, depth) in reversed(list(enumerate(levels))):
             for repeat in range(RES_BLOCKS + 1):
-                layers = [ResBlock(width + skips.pop(), multiplier * channels, embedding, groups)]
-                width = multiplier * channels
-                if level in ATTENTION_LEVELS:
-                    layers.append(SpatialTransformer(width, context, groups))
+                layers = [ResBlock(width + skips.pop(), wide, embedding, groups)]
+                width = wide
+                if depth:
+                    layers.append(SpatialTransformer(width, shape, depth))
                 if level and repeat == RES_BLOCKS:
                     layers.append(Upsample(width))
                 self.output_blocks.append(Block(*layers))
 
         self.out = nn.Sequential(nn.GroupNorm(groups, width), nn.SiLU(), nn.Conv2d(width, LATENT_CHANNELS, 3, padding=1))
 
-    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    @property
+    def channels(self) -> int:
+        return self.shape.channels
+
+    def forward(
+        self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, label: torch.Tensor | None = None
+    ) -> torch.Tensor:
         embedding = self.time_embed(sinusoids(timesteps, self.channels, x.dtype))
+        if self.shape.label:
+            embedding = embedding + self.label_emb(label)
         skips = []
         for block in self.input_blocks:
             x = block(x, embedding, context)
@@ -213,6 +226,10 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), embedding, context)
         return self.out(x)
+
+
+def _embedding(width: int, embedding: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
 
 
 def sinusoids(timesteps: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -225,29 +242,39 @@ def sinusoids(timesteps: torch.Tensor, width: int, dtype: torch.dtype) -> torch.
 
 def sd15(channels: int = 320, *, seed: int | None = 0, dtype: torch.dtype = torch.float32) -> UNet:
     """SD1.5's UNet, `channels` wide, on the host, for inference. `seed` None: without weights, on the meta device."""
+    shape = sd15_shape(channels)
+    return empty_unet(shape, dtype) if seed is None else load_unet(shape, seeded_weights(empty_unet(shape, dtype), seed))
+
+
+def empty_unet(shape: Shape, dtype: torch.dtype = torch.float32) -> UNet:
+    """For inference, without weights: on the meta device."""
     with torch.device("meta"):
-        model = UNet(channels).to(dtype)
-    model.eval().requires_grad_(False)
-    if seed is not None:
-        model.load_state_dict(seeded_weights(model, seed), assign=True)
-        model.requires_grad_(False)
-    return model
+        model = UNet(shape).to(dtype)
+    return model.eval().requires_grad_(False)
 
 
-def seeded_weights(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
-    """Weights for every parameter of `model` (which may be on the meta device), drawn from `seed` alone. Layers keep the
-    size of what passes through them; norms scatter around one, biases around zero."""
-    generator = torch.Generator().manual_seed(seed)
+def load_unet(shape: Shape, weights: dict[str, torch.Tensor]) -> UNet:
+    """For inference; its parameters are these tensors, not copies of them."""
+    model = empty_unet(shape, next(iter(weights.values())).dtype)
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False)
+
+
+def seeded_weights(model: nn.Module, seed: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """Host tensors for every parameter of `model` (which may be on the meta device), drawn from `seed` alone. Layers keep the
+    size of what passes through them; norms scatter around one, biases around zero. `device`: where they are drawn; other
+    numbers on a GPU than on the host, and two thousand million of them much sooner."""
+    generator = torch.Generator(device).manual_seed(seed)
     weights = {}
     for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
+        noise = torch.randn(parameter.shape, generator=generator, device=device)
         if parameter.dim() > 1:
             noise *= parameter[0].numel() ** -0.5
         elif name.endswith("weight"):
             noise = 1.0 + 0.1 * noise
         else:
             noise *= 0.1
-        weights[name] = noise.to(parameter.dtype)
+        weights[name] = noise.to(parameter.dtype).cpu()
     return weights
 
 
@@ -265,11 +292,14 @@ def load_checkpoint(path: str | Path) -> UNet:
         if metadata.get("architecture") != "sd15-unet":
             raise ValueError(f"{path} was not written by write_checkpoint: its metadata say {metadata or 'nothing'}")
         weights = {name: file.get_tensor(name) for name in file.keys()}
-    model = sd15(int(metadata["channels"]), seed=None, dtype=next(iter(weights.values())).dtype)
-    model.load_state_dict(weights, assign=True)
-    return model.requires_grad_(False)
+    return load_unet(sd15_shape(int(metadata["channels"])), weights)
 
 
 def regions(model: UNet) -> list[nn.Module]:
-    """What stock `--lowvram` hooks, in the order of a pass. `out` is not among them: stock leaves it on the device."""
+    """What stock `--lowvram` hooks, in the order of a pass."""
     return [model.time_embed, *model.input_blocks, model.middle_block, *model.output_blocks]
+
+
+def kept(model: UNet) -> list[nn.Module]:
+    """What stock `--lowvram` leaves on the device: it hooks neither the label embedding nor `out`."""
+    return [model.label_emb, model.out] if model.shape.label else [model.out]

@@ -6,7 +6,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lib_async_lowvram.bench.unet import ResBlock, SpatialTransformer, group_count, load_checkpoint, regions, sd15, write_checkpoint
+from lib_async_lowvram.bench.shapes import group_count, sdxl_shape
+from lib_async_lowvram.bench.unet import (
+    ResBlock,
+    SpatialTransformer,
+    empty_unet,
+    kept,
+    load_checkpoint,
+    load_unet,
+    regions,
+    sd15,
+    seeded_weights,
+    write_checkpoint,
+)
 
 
 def inputs(batch: int = 1, size: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -34,6 +46,35 @@ def test_sd15_has_the_parameters_of_sd15():
     assert count(model) - sum(map(count, regions(model))) == count(model.out)
     norms = [module for module in model.modules() if isinstance(module, torch.nn.GroupNorm)]
     assert {norm.num_groups for norm in norms} == {32}
+
+
+def transformers(blocks: torch.nn.ModuleList) -> list[int]:
+    """Transformer blocks in each block."""
+    return [sum(len(layer.blocks) for layer in block if isinstance(layer, SpatialTransformer)) for block in blocks]
+
+
+def test_sdxl_has_the_parameters_of_sdxl():
+    model = empty_unet(sdxl_shape(320))
+    assert count(model) == 2_567_463_684
+    assert transformers(model.input_blocks) == [0, 0, 0, 0, 2, 2, 0, 10, 10]
+    assert transformers(model.output_blocks) == [10, 10, 10, 2, 2, 2, 0, 0, 0]
+    assert len(model.middle_block[1].blocks) == 10 and model.middle_block[1].blocks[0].attn_self.heads == 20
+    assert len(regions(model)) == 1 + 9 + 1 + 9
+    assert count(model) - sum(map(count, regions(model))) == sum(map(count, kept(model)))
+    assert count(model.label_emb) == 2816 * 1280 + 1280 + 1280 * 1280 + 1280
+
+
+def test_sdxl_reacts_to_every_parameter_and_input():
+    shape = sdxl_shape(8)
+    model = load_unet(shape, seeded_weights(empty_unet(shape), 3)).requires_grad_(True)
+    given = torch.randn(2, 4, 8, 8), torch.tensor([900.0, 100.0]), torch.randn(2, 77, 2048), torch.randn(2, 2816)
+    output = model(*given)
+    assert output.shape == given[0].shape and output.isfinite().all()
+    output.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 1e-6, name
+    with torch.no_grad():
+        assert not torch.equal(model(*given[:3], given[3] * 1.1), output)
 
 
 def test_the_output_reacts_to_every_parameter_and_input():
