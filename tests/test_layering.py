@@ -23,11 +23,12 @@ LAYERS: dict[str, tuple[int, frozenset[str]]] = {
     "device": (1, frozenset({"torch"})),
     "webui": (3, frozenset({"torch", "PIL"}) | HOST),
     "bench": (4, frozenset({"torch", "numpy", "safetensors", "tqdm", "matplotlib"})),
-    "__main__": (5, frozenset()),
+    "commands": (5, frozenset({"torch", "tqdm"})),
+    "__main__": (6, frozenset()),
 }
 TOP_LEVEL = (2, frozenset({"torch"}))
 # A layer imports itself or lower ones, but webui and bench stand side by side.
-NEVER = {("bench", "webui"), ("webui", "bench"), ("__main__", "webui")}
+NEVER = {("bench", "webui"), ("webui", "bench"), ("commands", "webui"), ("__main__", "webui")}
 
 
 def module_name(path: Path) -> str:
