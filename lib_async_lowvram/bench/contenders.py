@@ -56,7 +56,7 @@ class Contender(ABC):
 
     name: str
 
-    def __init__(self, model: UNet, streams: Streams) -> None:
+    def __init__(self, model: nn.Module, streams: Streams) -> None:
         self.model = model
         self.streams = streams
         self.trace: Trace | None = None
@@ -68,7 +68,10 @@ class Contender(ABC):
     def run_pass(self, inputs: Inputs) -> torch.Tensor:
         """One pass. The output is the caller's."""
         with torch.no_grad():
-            return self.model(*inputs)
+            return self.call(inputs)
+
+    def call(self, inputs: Inputs) -> torch.Tensor:
+        return self.model(*inputs)
 
     def finish(self) -> None:
         """Block until everything launched so far is done."""
@@ -85,6 +88,14 @@ class Contender(ABC):
     def stall_seconds(self) -> float | None:
         """Seconds that computing has waited for copies since `setup`; None where the contender cannot tell."""
         return None
+
+    def rest(self) -> None:
+        """Others are next: give device memory back where the next pass can get it again. Nothing to give, unless overridden."""
+        return
+
+    def pinned_bytes(self) -> int | None:
+        """Page-locked host bytes in use; None where nobody can tell."""
+        return 0
 
     @abstractmethod
     def close(self) -> None:
@@ -106,6 +117,14 @@ class Resident(Contender):
     def setup(self) -> None:
         self._all = Placed([self.model], self.streams)
         self._all.to_device()
+
+    def run_pass(self, inputs: Inputs) -> torch.Tensor:
+        if not self._all.on_device:
+            self._all.to_device()
+        return super().run_pass(inputs)
+
+    def rest(self) -> None:
+        self._all.to_host(copy=False)
 
     def close(self) -> None:
         self._all.to_host(copy=False)
@@ -204,8 +223,7 @@ class Async(Contender):
     def setup(self) -> None:
         self._kept = Placed(kept(self.model), self.streams)
         self._kept.to_device()
-        config = OffloadConfig(budget_bytes=self.budget_bytes - self._kept.nbytes, small_leaf_bytes=self.small_leaf_bytes)
-        self.mover = AsyncModelMover(config, self.streams)
+        self.mover = AsyncModelMover(self._config(), self.streams)
         spec = NetworkSpec([Region(module) for module in regions(self.model)], span=self.model)
         self.mover.attach({"unet": spec})
         self.reset()
@@ -220,6 +238,26 @@ class Async(Contender):
     def reset(self) -> None:
         super().reset()
         self._before = self._counts()
+
+    def _config(self) -> OffloadConfig:
+        # 0 would mean automatic; the mover raises what is too little to work with.
+        return OffloadConfig(budget_bytes=max(1, self.budget_bytes - self._kept.nbytes), small_leaf_bytes=self.small_leaf_bytes)
+
+    def rebudget(self, budget_bytes: int) -> None:
+        """Another budget from the next pass on, which begins a new job."""
+        self.budget_bytes = budget_bytes
+        self.mover.configure(self._config())
+        self.new_job()
+
+    def effective_budget_bytes(self) -> int:
+        """What the mover really works with, after a pass: a budget below the least that works was raised."""
+        return self.mover.status()["networks"]["unet"]["budget_bytes"] + self._kept.nbytes
+
+    def rest(self) -> None:
+        self.new_job()
+
+    def pinned_bytes(self) -> int:
+        return self.mover.status()["pinned_bytes"]
 
     def new_job(self) -> None:
         """Leave the device, as the WebUI does between two pictures: the next pass plans with what the passes so far showed."""

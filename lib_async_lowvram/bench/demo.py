@@ -28,18 +28,15 @@ import torch
 from tqdm import tqdm
 
 from lib_async_lowvram.bench.contenders import Async, Contender, Inputs, Resident, Stock, largest_block_bytes
+from lib_async_lowvram.bench.devices import LATENCY, open_for_contender, small_unit_bytes
 from lib_async_lowvram.bench.measuring import Passes, make_inputs, one_compute_thread
 from lib_async_lowvram.bench.profile import Profile, profile
 from lib_async_lowvram.bench.report import Timeline, draw_timelines, megabytes, milliseconds, table, write_trace
 from lib_async_lowvram.bench.unet import load_checkpoint, write_checkpoint
-from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.device.choose import open_streams
 from lib_async_lowvram.device.simulated import SimulatedStreams
 from lib_async_lowvram.device.streams import Streams
 from lib_async_lowvram.learned import COPY_OVERHEAD_SECONDS
-
-SD15_WEIGHT_BYTES = 1_719_041_928
-"""SD1.5's UNet in half precision, for which the mover's default of what a small unit is was chosen: here it is scaled."""
 
 INPUTS = 3
 """Different inputs, used in turn."""
@@ -47,10 +44,6 @@ INPUTS = 3
 CALIBRATING, PROFILED, WARM_UP, TRACED = 7, 5, 3, (1, 4)
 """Passes beside the measured ones: resident ones to set the link by, and to time the leaves of; the mover's learning pass and
 its first streamed ones, twice, as in two jobs; stock's and the mover's for the pictures."""
-
-
-LATENCY = 20e-6
-"""Seconds per copy on the simulated link."""
 
 
 class DemoError(Exception):
@@ -182,7 +175,7 @@ class _Demo:
 
         tell("learning and warming up")
         stock = self._enter(Stock(load_checkpoint(checkpoint), self._open(2 * total, bandwidth)))
-        small = max(1, OffloadConfig.small_leaf_bytes * total // SD15_WEIGHT_BYTES)
+        small = small_unit_bytes(total)
         streamed = self._enter(Async(load_checkpoint(checkpoint), self._open(2 * total, bandwidth), budget, small_leaf_bytes=small))
         passes.warm_up(streamed, WARM_UP)
         streamed.new_job()
@@ -238,13 +231,7 @@ class _Demo:
         return summary, timelines
 
     def _open(self, capacity: int, bandwidth: float | None = None) -> Streams:
-        """A `Streams` for one contender: with its own memory counter, and on the simulated device its own engines."""
-        if self.simulated:
-            streams: Streams = SimulatedStreams(capacity_bytes=capacity, bandwidth=bandwidth or float("inf"), latency=LATENCY)
-        else:
-            streams = open_streams(self._streams.device)
-        self._stack.callback(streams.close)
-        return streams
+        return open_for_contender(self._streams, self._stack, capacity, bandwidth)
 
     def _enter(self, contender: Contender) -> Contender:
         return self._stack.enter_context(contender)

@@ -64,53 +64,57 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 class Passes:
     """Passes of several contenders over the same inputs, in turn.
 
+    What is measured goes under a key: the contender's name, unless another one is given.
+
     Attributes:
-        seconds: name of contender -> of every measured pass. stalls: the same, of contenders that can tell.
-        equal: whether every output so far was the reference's. compared: how many that were.
+        seconds: key -> of every measured pass. launched: the same, until the pass had been launched. stalls: the same, of
+            contenders that can tell. references: the right outputs. wrong: keys with an output that was not
+            the reference's. compared: how many outputs were.
     """
 
     def __init__(self, inputs: Sequence[Inputs], tick: Callable[[], object]) -> None:
         """`tick` is called after every pass."""
         self._inputs = inputs
         self._tick = tick
-        self._references: list[torch.Tensor] = []
+        self.references: list[torch.Tensor] = []
         self._next = 0
         self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.launched: dict[str, list[float]] = defaultdict(list)
         self.stalls: dict[str, list[float]] = defaultdict(list)
-        self.equal = True
+        self.wrong: set[str] = set()
         self.compared = 0
+
+    @property
+    def equal(self) -> bool:
+        """Whether every output so far was the reference's."""
+        return not self.wrong
 
     def take_references(self, contender: Contender) -> None:
         """Outputs of `contender` are what is right. Raises `RuntimeError` when they could not tell right from wrong."""
         for inputs in self._inputs:
             output = contender.run_pass(inputs)
             contender.finish()
-            self._references.append(output.clone())
+            self.references.append(output.clone())
             self._tick()
-        finite = all(bool(output.isfinite().all()) for output in self._references)
-        if not finite or any(same_bits(output, self._references[0]) for output in self._references[1:]):
+        finite = all(bool(output.isfinite().all()) for output in self.references)
+        if not finite or any(same_bits(output, self.references[0]) for output in self.references[1:]):
             raise RuntimeError("the model's outputs are not finite, or do not depend on its inputs: nothing to compare")
 
-    def warm_up(self, contender: Contender, count: int) -> None:
-        """`count` passes, compared but not timed."""
-        for _ in range(count):
-            self._one(contender)
+    def warm_up(self, contender: Contender, count: int, key: str = "") -> float:
+        """`count` passes, compared but not timed. Returns the seconds of the last one, for estimates."""
+        return self._train(contender, count, key or contender.name, timed=False)
 
-    def measure(self, contender: Contender, count: int) -> None:
+    def measure(self, contender: Contender, count: int, key: str = "") -> None:
         """`count` passes, compared and timed."""
-        for _ in range(count):
-            stalled = contender.stall_seconds()
-            self.seconds[contender.name].append(self._one(contender))
-            if stalled is not None:
-                self.stalls[contender.name].append(contender.stall_seconds() - stalled)
+        self._train(contender, count, key or contender.name, timed=True)
 
-    def median(self, contender: Contender) -> float:
+    def median(self, contender: Contender | str) -> float:
         """Seconds per measured pass."""
-        return median(self.seconds[contender.name])
+        return median(self.seconds[_key(contender)])
 
-    def spread(self, contender: Contender) -> list[float]:
+    def spread(self, contender: Contender | str) -> list[float]:
         """Least, lower quartile, upper quartile, most; seconds."""
-        seconds = self.seconds[contender.name]
+        seconds = self.seconds[_key(contender)]
         if len(seconds) < 2:
             return seconds * 4
         low, _, high = quantiles(seconds, n=4, method="inclusive")
@@ -132,15 +136,34 @@ class Passes:
         start, end = min(passes, key=lambda times: abs(times[1] - times[0] - typical))
         return Timeline.cut(title, spans, start, end)
 
-    def _one(self, contender: Contender) -> float:
-        which = self._next % len(self._inputs)
-        self._next += 1
+    def _train(self, contender: Contender, count: int, key: str, timed: bool) -> float:
+        """`count` passes that follow each other at once: in a pause the mover's lookahead would get ahead for nothing. Outputs are
+        compared after the last."""
+        outputs = []
         contender.finish()
-        start = perf_counter()
-        output = contender.run_pass(self._inputs[which])
-        contender.finish()
-        seconds = perf_counter() - start
-        self.equal &= same_bits(output, self._references[which])
-        self.compared += 1
-        self._tick()
+        before = perf_counter()
+        seconds = 0.0
+        for _ in range(count):
+            which = self._next % len(self._inputs)
+            self._next += 1
+            stalled = contender.stall_seconds() if timed else None
+            outputs.append((which, contender.run_pass(self._inputs[which])))
+            launched = perf_counter() - before
+            contender.finish()
+            now = perf_counter()
+            seconds, before = now - before, now
+            if timed:
+                self.seconds[key].append(seconds)
+                self.launched[key].append(launched)
+            if stalled is not None:
+                self.stalls[key].append(contender.stall_seconds() - stalled)
+        for which, output in outputs:
+            if not same_bits(output, self.references[which]):
+                self.wrong.add(key)
+            self.compared += 1
+            self._tick()
         return seconds
+
+
+def _key(contender: Contender | str) -> str:
+    return contender if isinstance(contender, str) else contender.name

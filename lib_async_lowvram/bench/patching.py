@@ -28,22 +28,20 @@ import torch
 from tqdm import tqdm
 
 from lib_async_lowvram.bench.contenders import Async, Contender, Resident, Stock
+from lib_async_lowvram.bench.devices import open_for_contender, small_unit_bytes
 from lib_async_lowvram.bench.lora import Lora
 from lib_async_lowvram.bench.measuring import make_inputs, one_compute_thread, same_bits
 from lib_async_lowvram.bench.report import megabytes, milliseconds, table
 from lib_async_lowvram.bench.unet import load_checkpoint, write_checkpoint
-from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.device.choose import open_streams
 from lib_async_lowvram.device.simulated import SimulatedStreams
 from lib_async_lowvram.device.streams import Streams
 
 SCHEMA = 1
-SD15_WEIGHT_BYTES = 1_719_041_928
 EVENTS = ("steady", "first use", "after it", "other strength", "removed", "after removal", "used again")
 STRENGTHS = (None, 0.8, 0.8, 0.5, None, None, 0.8)
 COUNTED = ("write_backs", "write_back_waits", "refetches", "misses", "adopted")
 WARM_UP = 3
-LATENCY = 20e-6
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ class _Run:
         total = write_checkpoint(checkpoint, settings.seed, self._channels, self._dtype)
         compute = self._take_references(Resident(load_checkpoint(checkpoint), self._open(2 * total)))
         bandwidth = total / compute if self._simulated else None
-        small = max(1, OffloadConfig.small_leaf_bytes * total // SD15_WEIGHT_BYTES)
+        small = small_unit_bytes(total)
 
         def mover() -> Async:
             return Async(load_checkpoint(checkpoint), self._open(2 * total, bandwidth), total // 2, small_leaf_bytes=small)
@@ -217,10 +215,4 @@ class _Run:
         return counts
 
     def _open(self, capacity: int, bandwidth: float | None = None) -> Streams:
-        """A `Streams` for one contender; on the simulated device with engines and a memory of its own."""
-        if self._simulated:
-            streams: Streams = SimulatedStreams(capacity_bytes=capacity, bandwidth=bandwidth or float("inf"), latency=LATENCY)
-        else:
-            streams = open_streams(self._device.device)
-        self._stack.callback(streams.close)
-        return streams
+        return open_for_contender(self._device, self._stack, capacity, bandwidth)

@@ -36,6 +36,10 @@ class Placed:
         self.nbytes = end
         """Bytes of device memory, padding included."""
 
+    @property
+    def on_device(self) -> bool:
+        return self._block is not None
+
     def to_device(self, block: torch.Tensor | None = None) -> None:
         """Copy into `block` (from `Streams.allocate`, at least `nbytes` long; None: allocated here and freed by `to_host`),
         wait, publish. Raises torch's out-of-memory error when there is no room."""
