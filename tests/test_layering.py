@@ -15,6 +15,8 @@ MOST_LINES = 350
 
 # Package or top-level module -> (layer, packages of others it may import). Top-level modules not named here are layer 2.
 HOST = frozenset({"modules", "gradio", "fastapi"})
+# What the benchmark compares with, imported by those contenders alone, where installed.
+PEERS = frozenset({"diffusers", "accelerate", "mmgp"})
 LAYERS: dict[str, tuple[int, frozenset[str]]] = {
     "core": (0, frozenset()),
     "config": (0, frozenset()),
@@ -22,7 +24,7 @@ LAYERS: dict[str, tuple[int, frozenset[str]]] = {
     "": (0, frozenset()),  # lib_async_lowvram/__init__.py
     "device": (1, frozenset({"torch"})),
     "webui": (3, frozenset({"torch", "PIL"}) | HOST),
-    "bench": (4, frozenset({"torch", "numpy", "safetensors", "tqdm", "matplotlib"})),
+    "bench": (4, frozenset({"torch", "numpy", "safetensors", "tqdm", "matplotlib"}) | PEERS),
     "commands": (5, frozenset({"torch", "tqdm"})),
     "__main__": (6, frozenset()),
 }
