@@ -14,10 +14,10 @@ from importlib.util import find_spec
 
 from lib_async_lowvram import __version__
 from lib_async_lowvram.bench import command as bench
-from lib_async_lowvram.commands import demo, plan
+from lib_async_lowvram.commands import demo, doctor, plan
 from lib_async_lowvram.commands.common import CommandError, OutputsDiffer
 
-COMMANDS = (demo, bench, plan)
+COMMANDS = (demo, bench, plan, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

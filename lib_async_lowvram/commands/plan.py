@@ -76,7 +76,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--latent", type=at_least_one, default=32, metavar="L", help="with --check: side of its picture (default: 32)")
     parser.add_argument("--passes", type=at_least_one, default=9, metavar="N", help="with --check: passes to measure (default: 9)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    parser.set_defaults(run=run, needs=lambda options: CHECK_NEEDS if options.check else (), what="plan")
+    parser.set_defaults(run=run, needs=lambda options: CHECK_NEEDS if options.check else (), what="plan --check")  # alone it needs nothing
 
 
 def budgets(text: str) -> list[tuple[float, bool]]:
