@@ -137,10 +137,8 @@ def run(options: argparse.Namespace) -> None:
 
     print("\n".join([*summary_lines(found), *told, "", rows_table(rows), ""]))
     print(f"all on the device: {1e3 * load.compute_seconds:.0f} ms per pass")
-    print(
-        f"stock --lowvram: {1e3 * stock:.0f} ms per pass at least = computing + 2 x {sum_moved(unet, device) / MIB:.0f} MB / bandwidth: "
-        "each block there and back, nothing computed meanwhile; its memory is pageable, whose bandwidth is lower"
-    )
+    print(f"stock --lowvram: {1e3 * stock:.0f} ms per pass at least = computing + 2 x {sum_moved(unet, device) / MIB:.0f} MB / bandwidth:")
+    print("  each block there and back, with nothing computed meanwhile; its memory is pageable, whose bandwidth is lower")
     for line in note_lines(rows):
         print(line)
     if options.json is not None:

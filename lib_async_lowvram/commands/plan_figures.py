@@ -168,8 +168,9 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
     """About the UNet, for people."""
     lines = [
         f"UNet named as in {found['naming']}: {found['leaves']} layers with weights, {_mib(found['weight_bytes'])} on the device, "
-        f"{found['flops_per_pass'] / 1e12:.3g} TFLOP per pass at {found['width']}x{found['height']}, {found['images']} images at once "
-        f"({PROMPT_TOKENS} tokens of prompt)"
+        f"{found['flops_per_pass'] / 1e12:.3g} TFLOP per pass",
+        f"picture: {found['width']}x{found['height']}, {found['images']} images at once (each with its negative), {PROMPT_TOKENS} tokens "
+        "of prompt",
     ]
     if found["unknown_leaves"]:
         lines.append(
