@@ -32,6 +32,7 @@ from lib_async_lowvram.bench.measuring import Passes
 from lib_async_lowvram.bench.memory import DeviceMemory
 from lib_async_lowvram.bench.options import Budget
 from lib_async_lowvram.bench.profile import profile
+from lib_async_lowvram.bench.results import bound_by_python
 from lib_async_lowvram.bench.unet import load_unet
 from lib_async_lowvram.bench.workloads import Workload
 from lib_async_lowvram.device.streams import Streams
@@ -95,15 +96,13 @@ class Case:
             rounds = self._measure(chosen.rounds, chosen.passes)
             self._tell("looking for the best schedules")
             results = [judge.result(row, self._compute_seconds(row)).as_json() for row in self._rows]
-            launched = judge.launch_seconds(self._rows[0])
-        compute = self._ours.median("resident")
         return {
             "workload": self._load.as_json(),
             "weight_bytes": self._total,
             "link_factor": self._factor if self._simulated else None,
             "bandwidth_bytes_per_s": self._bandwidth,
-            "compute_seconds": compute,
-            "python_bound": launched is not None and judge.python_bound(launched, compute),
+            "compute_seconds": self._ours.median("resident"),
+            "python_bound": bound_by_python(results[0]),
             "diffusers_difference": self._difference,
             "warm_up": {"learning": 2 * WARM_UP, "peers": PEER_WARM_UP, "settling": {row.key: row.settling for row in self._rows}},
             "rounds": rounds,

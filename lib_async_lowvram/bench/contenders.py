@@ -266,7 +266,8 @@ class Async(Contender):
     def measured(self) -> Measured:
         status = self.mover.status()
         counts = {name: value - self._before[name] for name, value in self._counts().items()}
-        kept = ("state", "reason", "resident_bytes", "ring_bytes", "pinned_bytes", "bandwidth_bytes_per_s", "best_schedule_seconds")
+        kept = ("state", "reason", "resident_bytes", "ring_bytes", "pinned_bytes", "bandwidth_bytes_per_s")
+        kept += ("best_schedule_seconds", "streamed_bytes_per_pass")
         details = {key: status[key] for key in kept}
         return Measured(self.streams.peak_allocated_bytes, {**details, **counts})
 

@@ -22,9 +22,6 @@ from lib_async_lowvram.bench.profile import Profile
 from lib_async_lowvram.bench.results import Result
 from lib_async_lowvram.learned import COPY_OVERHEAD_SECONDS
 
-PYTHON_BOUND = 0.9
-"""Of a pass's time: when launching it takes that long, the device waits for Python, and another device would be no faster."""
-
 SETTLING = {"async": 3}
 """Passes at the start of a turn that are not timed: the mover's residents arrive, and its plan is refined. One for others."""
 
@@ -92,10 +89,6 @@ class Judge:
 
     def launch_seconds(self, row: Row) -> float | None:
         return None if self._simulated else median(row.passes.launched[row.key])
-
-    @staticmethod
-    def python_bound(launch_seconds: float, seconds: float) -> bool:
-        return launch_seconds >= PYTHON_BOUND * seconds
 
     def result(self, row: Row, compute_seconds: float) -> Result:
         """`compute_seconds`: of the same model with everything resident, in the same rounds."""

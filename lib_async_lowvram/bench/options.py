@@ -73,6 +73,15 @@ def parse_contenders(texts: list[str]) -> tuple[str, ...]:
     return tuple(name for name in CONTENDERS if name in wanted)
 
 
+def parse_models(texts: list[str]) -> tuple[str, ...]:
+    """Names from `MODELS`. Raises `BenchError`."""
+    models = _parts(texts, "--model")
+    for model in models:
+        if model not in MODELS:
+            raise BenchError(f"--model {model}: unknown; choose from {', '.join(MODELS)}")
+    return tuple(dict.fromkeys(models))
+
+
 def parse_numbers(texts: list[str], option: str, least: float, most: float) -> tuple[float, ...]:
     """Numbers in [least, most]. Raises `BenchError`."""
     numbers = []

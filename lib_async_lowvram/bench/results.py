@@ -67,6 +67,19 @@ class Result:
         return asdict(self)
 
 
+PYTHON_BOUND = 0.9
+"""Of a pass's time: when launching it takes that long, the device waits for Python, and another device would be no faster."""
+
+NEVER_BLOCKING = ("resident", "async", "diffusers-resident")
+"""Contenders whose launching does not wait for copies, so that it tells what Python takes."""
+
+
+def bound_by_python(result: dict[str, Any]) -> bool:
+    """Whether the row's time is Python's and not the device's. Known of contenders that never block the host."""
+    launched = result["launch_seconds"]
+    return result["contender"] in NEVER_BLOCKING and launched is not None and launched >= PYTHON_BOUND * result["seconds_per_pass"]
+
+
 CASE_KEYS = (
     "workload",
     "weight_bytes",
