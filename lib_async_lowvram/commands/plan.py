@@ -20,6 +20,7 @@ from lib_async_lowvram.commands.common import CommandError, at_least_one, check_
 
 if TYPE_CHECKING:
     from lib_async_lowvram.commands.plan_figures import Device
+    from lib_async_lowvram.commands.unet_walk import Unet
 
 SCHEMA = 1
 CHECK_NEEDS = ("torch", "numpy", "safetensors", "tqdm")
@@ -157,7 +158,7 @@ def run(options: argparse.Namespace) -> None:
         write_json(options.json, figures)
 
 
-def sum_moved(unet, device: Device) -> int:
+def sum_moved(unet: Unet, device: Device) -> int:
     """Bytes of the blocks that stock moves."""
     from lib_async_lowvram.commands.plan_figures import leaf_bytes
 

@@ -26,7 +26,8 @@ PROMPT_TOKENS = 77
 LATENT_SCALE = 8
 """Pixels per position of the latent picture."""
 
-_MOST_NUMBERED = 1000
+_MOST_LEAVES = 20_000
+"""Known UNets have up to 1,100; planning takes time with the square of them."""
 
 Size = tuple[int, int]
 
@@ -79,6 +80,8 @@ class _Walk:
             for depth in range(1, min(len(parts), 8)):
                 self._children.setdefault(".".join(parts[:depth]), set()).add(parts[depth])
             self._children.setdefault("", set()).add(parts[0])
+        if len(self._own) > _MOST_LEAVES:
+            raise NoUnet(f"the UNet would have {len(self._own)} layers, more than any known one")
         self._leaves: dict[str, Leaf] = {}
         self._block = ""
 
@@ -252,7 +255,7 @@ class _Walk:
     def _numbered(self, module: str) -> list[str]:
         """`module`'s children 0, 1, 2 ... as far as they go. Raises `NoUnet` when one is left out."""
         numbers = sorted(int(child) for child in self._children.get(module, ()) if child.isascii() and child.isdecimal() and len(child) < 5)
-        if numbers != list(range(len(numbers))) or len(numbers) > _MOST_NUMBERED:
+        if numbers != list(range(len(numbers))):
             raise NoUnet(f"the UNet's {shown(module)} are not numbered without gaps")
         if not numbers and module.rpartition(".")[2] != "attentions":
             raise NoUnet(f"the UNet has no {shown(module)}")

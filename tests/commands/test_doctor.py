@@ -125,6 +125,27 @@ def test_a_driver_that_does_not_start(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: cuda cannot be used: CUDA unknown error\n"
 
 
+def test_what_is_told_of_a_cuda_device(monkeypatch):
+    """With torch's answers made up: there is none here to ask."""
+
+    class Streams:
+        name, device = "cuda:1 A Card", torch.device("cuda", 1)
+
+        def free_memory(self):
+            return 3 << 30
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 8 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.version, "cuda", "12.1")
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12040, raising=False)
+    device = machine.describe_device(Streams())
+    assert (device["total_bytes"], device["free_bytes"], device["simulated"]) == (8 << 30, 3 << 30, False)
+    assert doctor._more(device) == " (compute capability 8.6, driver for CUDA 12.4, one of 2 devices)"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert machine.describe_device(Streams())["driver_cuda"] is None
+
+
 def test_containers_and_wsl(tmp_path, monkeypatch):
     monkeypatch.delenv("WSL_DISTRO_NAME", raising=False)
     linux = sys.platform.startswith("linux")

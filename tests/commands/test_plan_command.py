@@ -215,6 +215,22 @@ def test_a_file_that_cannot_be_written_is_told_first(tmp_path, capsys):
     assert "cannot write" in capsys.readouterr().err
 
 
+def test_absurd_sizes_do_not_break_it(tmp_path, capsys):
+    """Weights without elements, pictures as large as can be asked for, budgets of nothing and of more than there is."""
+    empty = {name: (dtype, (0, *shape[1:])) for name, (dtype, shape) in headers.ldm(sd15_shape(16)).items()}
+    path = headers.write(tmp_path / "empty.safetensors", empty)
+    assert main(["plan", "--checkpoint", str(path), "--compute-ms", "5", "--budget", "1,50%"]) == 0
+    path = headers.write(tmp_path / "x.safetensors", headers.ldm(sd15_shape(16)))
+    large = ["--width", "1048576", "--height", "1048576", "--batch", "1048576"]
+    assert main(["plan", "--checkpoint", str(path), *large, "--budget", "0.0001,900000%", "--bandwidth", "1e-9"]) == 0
+    assert main(["plan", "--checkpoint", str(path), "--width", "1", "--height", "1", "--bandwidth", "1e9", "--tflops", "1e9"]) == 0
+    many = {f"model.diffusion_model.x.{number}.weight": ("I8", (1,)) for number in range(20_001)}
+    path = headers.write(tmp_path / "many.safetensors", {**headers.ldm(sd15_shape(16)), **many})
+    capsys.readouterr()
+    assert main(["plan", "--checkpoint", str(path)]) == 2
+    assert "more than any known one" in capsys.readouterr().err
+
+
 def without(tensors: headers.Tensors, part: str) -> headers.Tensors:
     return {name: tensor for name, tensor in tensors.items() if part not in name}
 

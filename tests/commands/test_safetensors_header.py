@@ -65,6 +65,7 @@ BAD = {
     "hole": (text(a=entry(), b=entry(offsets=[8, 12])), 12, "bytes 4 to 8 of the data belong to no tensor"),
     "rest": (text(a=entry()), 9, "5 bytes after the last tensor"),
     "control characters": (text(**{"a\n\x1b[31m": 5}), 0, "tensor a\\n\\x1b[31m is"),
+    "half a character": (b'{"\\ud800": 5}', 0, "tensor \\ud800 is"),
     "a long name": (text(**{"n" * 5000: 5}), 0, "nnn... is"),
 }
 
