@@ -16,7 +16,7 @@ dropped after its last use. A unit that somebody changed is written back to its 
                 latent = unet(latent, ...)
 
 Layers (a layer imports itself or lower ones; a test enforces it): 0 `config`, `log`, `core` - no torch; 1 `device`;
-2 `mover`, `network`, `unit_hooks`, `lifecycle`; 3 `webui`; `bench` stands beside 3.
+2 `mover`, `network`, `unit_hooks`, `lifecycle`; 3 `webui`; `bench` and `commands` stand beside 3.
 
 Importing this package imports no torch and makes no thread, stream or event; the public names load on first use.
 """

@@ -45,7 +45,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     source.add_argument(
         "--check",
         action="store_true",
-        help="instead of a checkpoint: predict a small UNet on the simulated device, run it there, and compare (takes a minute)",
+        help="instead of a checkpoint: predict a small UNet on the simulated device, run it there, and compare (a minute or two)",
     )
     parser.add_argument(
         "--budget",
