@@ -8,7 +8,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from lib_async_lowvram.bench import peers
+from lib_async_lowvram.__main__ import main
+from lib_async_lowvram.bench import peers, results
 from lib_async_lowvram.bench.diffusers_unet import arguments, build, configuration, map_weights
 from lib_async_lowvram.bench.measuring import make_inputs
 from lib_async_lowvram.bench.options import PEER_NAMES
@@ -96,3 +97,22 @@ def test_why_peers_do_not_run(monkeypatch):
     assert peers.why_not("mmgp", streams) == "only works on cuda:0" and peers.why_not("accelerate", streams) == ""
     streams.device = torch.device("cpu")
     streams.close()
+
+
+@installed
+@pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed")
+def test_peers_in_a_run(monkeypatch, tmp_path):
+    """Two of them also work without a GPU: how they are run and judged is the same there."""
+    real = peers.why_not
+    here = ("diffusers-resident", "accelerate")
+    monkeypatch.setattr(peers, "why_not", lambda name, streams: "" if name in here else real(name, streams))
+    path = tmp_path / "run.json"
+    arguments = ["bench", "--device", "simulated", "--model", "tiny", "--contenders", "all", "--budget", "50%", "--passes", "1"]
+    assert main([*arguments, "--rounds", "1", "--json", str(path)]) == 0
+    case = results.read(path)["cases"][0]
+    assert [result["contender"] for result in case["results"]] == ["resident", "stock", *here, "async"]
+    assert [entry["contender"] for entry in case["not_run"]] == ["diffusers-group", "diffusers-group-record", "mmgp"]
+    assert case["diffusers_difference"]["relative_to_largest_output"] < 1e-4
+    for result in case["results"]:
+        theirs = result["contender"] in here
+        assert result["bitwise_equal"] and result["outputs_compared_with"] == ("diffusers-resident" if theirs else "resident")
