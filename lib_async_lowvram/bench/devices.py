@@ -12,6 +12,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from statistics import median
 
+from lib_async_lowvram.bench.options import BenchError
 from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.device.choose import open_streams
 from lib_async_lowvram.device.host_memory import HostMemory
@@ -50,11 +51,11 @@ def open_for_contender(like: Streams, stack: ExitStack, capacity_bytes: int, ban
 
 def measure_link(streams: Streams, nbytes: int = LINK_BYTES) -> float:
     """Bytes per second of the onload stream, from pinned memory: the median of `LINK_COPIES` copies of `nbytes`, after one that
-    is not counted. Raises `RuntimeError` where the system pins no memory: then nothing measured here would be comparable."""
+    is not counted. Raises `BenchError` where the system pins no memory: then nothing measured here would be comparable."""
     host = HostMemory(streams)
     block = host.allocate(nbytes)
     if not host.pin(block):
-        raise RuntimeError(f"the system refused to pin {nbytes >> 20} MB: the link cannot be measured")
+        raise BenchError(f"the system refused to pin {nbytes >> 20} MB: the link cannot be measured")
     memory = streams.allocate(nbytes)
     seconds = []
     for _ in range(1 + LINK_COPIES):

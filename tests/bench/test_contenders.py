@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from lib_async_lowvram.bench.contenders import Async, Resident, Stock, largest_block_bytes, weight_bytes
+from lib_async_lowvram.bench.devices import SD15_WEIGHT_BYTES, measure_link, small_unit_bytes
+from lib_async_lowvram.bench.options import BenchError
 from lib_async_lowvram.bench.unet import regions, sd15
 from lib_async_lowvram.core.stats import Trace
 from lib_async_lowvram.device.simulated import SimulatedStreams
@@ -127,3 +129,38 @@ def test_async_stays_in_its_budget_and_does_something(model, streams, inputs):
     assert details["state"] == "active" and details["passes"] == 3
     assert details["hits"] > 0 and details["misses"] == 0 and details["host_waits"] == 0
     assert details["streamed_bytes"] > 0
+
+
+@pytest.mark.parametrize("name", ["resident", "async"])
+def test_between_turns_the_device_is_free_for_others(name, model, streams, inputs):
+    with torch.no_grad():
+        expected = [model(*each) for each in inputs]
+    with contender_of(name, model, streams) as contender:
+        for _ in range(2):
+            for each, output in zip(inputs, expected, strict=True):
+                assert torch.equal(contender.run_pass(each), output)
+            contender.finish()
+            contender.rest()
+            assert streams.allocated_bytes < TOTAL // 10  # what is left are the layers that stock leaves there
+        if name == "async":
+            contender.rebudget(TOTAL // 4)
+            assert torch.equal(contender.run_pass(inputs[0]), expected[0])
+            assert contender.effective_budget_bytes() == TOTAL // 4
+            contender.rebudget(1)
+            contender.run_pass(inputs[0])
+            assert TOTAL // 100 < contender.effective_budget_bytes() < TOTAL // 4  # raised to the least that works
+
+
+def test_the_link_is_measured_by_copies_from_pinned_memory():
+    streams = SimulatedStreams(capacity_bytes=1 << 24, bandwidth=1e9, latency=0.0)
+    assert 0 < measure_link(streams, 1 << 20) <= 1e9 * 1.001  # never faster than it was set
+    assert streams.allocated_bytes == 0
+    streams.pinning = "none"
+    with pytest.raises(BenchError, match="refused to pin 1 MB"):
+        measure_link(streams, 1 << 20)
+    streams.close()
+
+
+def test_small_units_shrink_with_the_model_but_never_grow():
+    assert small_unit_bytes(SD15_WEIGHT_BYTES) == small_unit_bytes(3 * SD15_WEIGHT_BYTES) == 1 << 20
+    assert small_unit_bytes(SD15_WEIGHT_BYTES // 16) in (65535, 65536) and small_unit_bytes(1) == 1
