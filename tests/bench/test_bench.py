@@ -74,7 +74,7 @@ def test_results(document):
         assert raised["budget_bytes"] == total // 100 < raised["effective_budget_bytes"]  # the least that works
         assert half["budget_bytes"] == half["effective_budget_bytes"] == total // 2
         # 100% is a little less than everything: units are padded on the device.
-        assert whole["details"]["streamed_bytes_per_pass"] < total // 20 < half["details"]["streamed_bytes_per_pass"]
+        assert whole["details"]["streamed_bytes_per_pass"] < half["details"]["streamed_bytes_per_pass"] < total
         assert equal["equal_to"] == "stock" and equal["budget_bytes"] == stock["peak_weight_bytes"] < total // 2
         assert resident["host_pinned_bytes"] == stock["host_pinned_bytes"] == 0
         assert stock["limit_seconds"] == pytest.approx(max(compute, (total - stock["peak_weight_bytes"]) / bandwidth))
