@@ -11,10 +11,10 @@ is; step k computes for `seconds[k]` once its unit is there. Seconds, bytes, byt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
-from lib_async_lowvram.core.ring import overlaps
+from lib_async_lowvram.core.places import overlaps, steps_back
 
 
 @dataclass(frozen=True)
@@ -70,23 +70,79 @@ class Prediction:
     streamed_bytes: float
 
 
-def simulate(workload: Workload, resident: frozenset[int], offsets: Mapping[int, int], passes: int = 4) -> Prediction:
-    """Play `passes` passes and average the second half. `offsets`: every streamed unit's place in the ring."""
-    nbytes, rate, overhead = workload.nbytes, workload.bandwidth, workload.copy_overhead_seconds
-    # Fold what the residents compute into the streamed step before them: nothing can happen in between.
-    steps: list[list] = []
-    lead = workload.lead_seconds
-    for unit, seconds in workload.steps:
-        if unit in resident:
-            if steps:
-                steps[-1][1] += seconds
-            else:
-                lead += seconds
-        else:
-            steps.append([unit, seconds + workload.step_overhead_seconds])
-    if not steps:
-        return Prediction(workload.compute_seconds, 0.0, 0.0)
+@dataclass(frozen=True)
+class Streamed:
+    """The streamed steps of a workload under a resident set; what the residents compute is given to the streamed step before
+    them, since nothing else can happen in between.
 
+    Attributes:
+        units: in firing order. computes: seconds of each, what follows it included. copies: seconds of each one's copy.
+        lead_seconds: computing before the first.
+    """
+
+    units: list[int]
+    computes: list[float]
+    copies: list[float]
+    lead_seconds: float
+
+    @classmethod
+    def of(cls, workload: Workload, resident: Container[int]) -> Streamed:
+        units: list[int] = []
+        seconds: list[float] = [workload.lead_seconds]
+        for unit, step in workload.steps:
+            if unit in resident:
+                seconds[-1] += step
+            else:
+                units.append(unit)
+                seconds.append(step + workload.step_overhead_seconds)
+        rate, overhead, nbytes = workload.bandwidth, workload.copy_overhead_seconds, workload.nbytes
+        return cls(units, seconds[1:], [overhead + nbytes[unit] / rate for unit in units], seconds[0])
+
+
+def play(copies: Sequence[float], computes: Sequence[float], back: Sequence[int], lead_seconds: float, passes: int, counted: int) -> float:
+    """Seconds per pass, over the last `counted` of `passes`, when each step's copy waits for the one before it and for the
+    release `back[i]` steps ago. With r(i) the release of step i, e(i) the end of its copy, c and s seconds of copying and
+    computing:
+
+        e(i) = max(e(i - 1), r(i - back(i))) + c(i)        r(i) = max(r(i - 1), e(i)) + s(i)
+    """
+    released = [0.0] * len(copies)
+    now = copied = ended = 0.0
+    place = len(copies)
+    for turn in range(passes):
+        if turn == passes - counted:
+            ended = now
+        now += lead_seconds
+        for copy, compute, steps in zip(copies, computes, back):  # noqa: B905 - equally long, and this is the innermost loop
+            free = released[place - steps]
+            copied = (free if free > copied else copied) + copy
+            if copied > now:
+                now = copied
+            now += compute
+            released.append(now)
+            place += 1
+    return (now - ended) / counted
+
+
+def simulate(workload: Workload, resident: frozenset[int], offsets: Mapping[int, int], ring_bytes: int, passes: int = 4) -> Prediction:
+    """Play `passes` passes and average the second half. `offsets`: every streamed unit's place in the ring."""
+    streamed = Streamed.of(workload, resident)
+    units = streamed.units
+    if not units:
+        return Prediction(workload.compute_seconds, 0.0, 0.0)
+    if len(set(units)) == len(units):
+        back = steps_back(units, workload.nbytes, offsets, ring_bytes)
+        if any(steps < len(units) for steps in back):
+            seconds = play(streamed.copies, streamed.computes, back, streamed.lead_seconds, passes, passes // 2)
+            stalled = seconds - streamed.lead_seconds - sum(streamed.computes)
+            return Prediction(seconds, max(0.0, stalled), float(sum(workload.nbytes[unit] for unit in units)))
+    return _simulate_repeats(workload, streamed, offsets, passes)
+
+
+def _simulate_repeats(workload: Workload, streamed: Streamed, offsets: Mapping[int, int], passes: int) -> Prediction:
+    """Where a unit fires more than once, or everything fits the ring: then a copy may serve several firings."""
+    nbytes = workload.nbytes
+    steps = list(zip(streamed.units, streamed.computes, streamed.copies, strict=True))
     count = len(steps)
     neighbours = overlaps(offsets, nbytes)
     pending: dict[int, int] = {}  # live unit -> uses within the lookahead still to come
@@ -100,7 +156,7 @@ def simulate(workload: Workload, resident: frozenset[int], offsets: Mapping[int,
     def issue(firing: int) -> None:
         nonlocal issued, copy_free, copied
         while issued < firing + count:
-            unit = steps[issued % count][0]
+            unit, _, copy = steps[issued % count]
             if unit in pending:
                 pending[unit] += 1
             else:
@@ -111,15 +167,15 @@ def simulate(workload: Workload, resident: frozenset[int], offsets: Mapping[int,
                     freed = released.get(other, 0.0)
                     if freed > start:
                         start = freed
-                copy_free = start + overhead + nbytes[unit] / rate
+                copy_free = start + copy
                 copied += nbytes[unit]
                 ready[unit] = copy_free
                 pending[unit] = 1
             issued += 1
 
     for turn in range(passes):
-        now += lead
-        for place, (unit, seconds) in enumerate(steps):
+        now += streamed.lead_seconds
+        for place, (unit, seconds, _) in enumerate(steps):
             issue(turn * count + place)
             if ready[unit] > now:
                 stalled += ready[unit] - now

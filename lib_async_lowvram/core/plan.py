@@ -5,27 +5,45 @@ every pass; so budget goes to residents before it goes to lookahead (DESIGN.md, 
 the deep blocks are nearly all weight and the shallow ones nearly all compute, and lookahead can only carry a ring's worth of
 bytes through a stretch that is all compute.
 
-Method: a few simple ways to choose residents, times a few ring sizes, each played through `core.pipeline`; the fastest wins.
-The least compute per byte is usually it for a fast link, an even spread for a balanced one.
+Method: a few rules for residents (`core.search`) times a few ring sizes, judged by a quick estimate (`core.cycle`); finer sizes
+around the best and small changes to it; the best few get places in the ring (`core.places`) and are played through
+`core.pipeline`, and the fastest wins. What the residents leave of the budget is the ring's.
 
-Pure; bytes and seconds; no torch. Caller: `network` after a learning pass and whenever the budget changed.
+Pure; bytes and seconds; no torch. Caller: `network` after a learning pass and whenever what it was made from changed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from lib_async_lowvram.core.cycle import Cycle
 from lib_async_lowvram.core.pipeline import Prediction, Workload, simulate
-from lib_async_lowvram.core.ring import assign_offsets
-
-Policy = Callable[[Workload, list[int], int], Iterator[int]]
-"""(workload, units that may stream, bytes for residents) -> units in the order in which they deserve to be resident."""
+from lib_async_lowvram.core.places import assign_offsets
+from lib_async_lowvram.core.proposals import Proposals
+from lib_async_lowvram.core.search import improve
 
 GRAIN = 512
 """Bytes. Units are padded to a multiple of it and so are rings, so that every place in a ring is aligned (device.streams)."""
 
+SMALL_FIRST = 0.01
+"""Share of a pass that keeping all small units resident may cost: each streamed unit also costs the host a hook."""
+
+PLAYED = 3
+"""Resident sets that are placed and played."""
+
+STEPS_TO_IMPROVE, LEAST_TRIES = 60_000, 100
+"""Steps estimated while small changes are tried, all tries together: 30 ms. Fewer tries than the least gain nothing."""
+
+LOST_TO_PLACES = 0.002
+"""Share of the estimated time that places may cost before other places are tried."""
+
+FEW, FEW_COST = 24, 4
+"""Steps up to which small changes are judged by playing them: with few units in a ring, where they stand decides. Playing costs
+so many times what estimating does."""
+
+HEAT, FEW_HEAT = 0.0001, 0.1
+"""To begin annealing with: a share of the time per pass; one unit in a hundred changes little, one in ten much."""
 
 @dataclass(frozen=True)
 class Plan:
@@ -61,144 +79,133 @@ def make_plan(workload: Workload, budget_bytes: int, *, lookahead_bytes: int = 0
     """The fastest plan found for `budget_bytes`.
 
     `lookahead_bytes`: size of the ring, 0 = chosen here; clamped between two of the largest streamed unit and what the
-    budget leaves. `small_unit_bytes`: units below it are made resident first. Raises nothing on any sizes >= 0: a budget
-    that is too small is raised to `least_budget`, with a note.
+    budget leaves. `small_unit_bytes`: units below it are made resident first, unless that makes passes longer by more than
+    `SMALL_FIRST`. Raises nothing on any sizes >= 0: a budget that is too small is raised to `least_budget`, with a note.
     """
     notes: list[str] = []
     least = least_budget(workload)
     if budget_bytes < least:
         notes.append(f"budget raised from {budget_bytes >> 20} MB to {-(-least >> 20)} MB, the least that can stream this network")
         budget_bytes = least
-    nbytes = workload.nbytes
     limit = workload.limit_seconds(budget_bytes)
     if workload.total_bytes <= budget_bytes:
-        everything = frozenset(nbytes)
-        return Plan(everything, 0, {}, budget_bytes, simulate(workload, everything, {}), limit, tuple(notes))
-
-    must = workload.must_reside
-    room = budget_bytes - workload.fixed_bytes - sum(nbytes[unit] for unit in must)
-    free = [unit for unit in nbytes if unit not in must]
-    order = [unit for unit, _ in workload.steps if unit not in must]
-    best: Plan | None = None
-    tried: set[tuple[frozenset[int], int]] = set()
-
-    def attempt(choose: Policy, ring_bytes: int) -> float:
-        """Predicted seconds; keeps the plan if it is the best so far."""
-        nonlocal best
-        ranked = choose(workload, others, max(0, room - ring_bytes - small_bytes))
-        resident = must | _within(ranked, small, nbytes, room - ring_bytes)
-        largest = max((nbytes[unit] for unit in nbytes if unit not in resident), default=0)
-        if 2 * largest > ring_bytes or (resident, ring_bytes) in tried:
-            return math.inf
-        tried.add((resident, ring_bytes))
-        streamed = [unit for unit in order if unit not in resident]
-        # Units that do not fire in the learned order (conditional ones) need a place as well.
-        silent = [unit for unit in free if unit not in resident and unit not in first]
-        offsets = assign_offsets(streamed + silent, nbytes, ring_bytes)
-        prediction = simulate(workload, resident, offsets)
-        if best is None or prediction.seconds < best.prediction.seconds:
-            best = Plan(resident, ring_bytes, offsets, budget_bytes, prediction, limit, ())
-        return prediction.seconds
-
-    first = set(order)
-    small = sorted((unit for unit in free if nbytes[unit] < small_unit_bytes), key=nbytes.__getitem__)
-    small_bytes = sum(nbytes[unit] for unit in small)
-    others = [unit for unit in free if nbytes[unit] >= small_unit_bytes]
-    smallest, *larger = _ring_sizes(workload, free, room, lookahead_bytes)
-    ranked = sorted((attempt(choose, smallest), number) for number, choose in enumerate(_POLICIES))
-    for ring_bytes in larger:
-        for _, number in ranked[:2]:
-            attempt(_POLICIES[number], ring_bytes)
-    assert best is not None  # the first ring size is two of the largest unit of all, which every policy fits
-    if lookahead_bytes and abs(best.ring_bytes - lookahead_bytes) >= 1 << 20:
+        everything = frozenset(workload.nbytes)
+        return Plan(everything, 0, {}, budget_bytes, simulate(workload, everything, {}, 0), limit, tuple(notes))
+    plan = _Search(workload, budget_bytes, lookahead_bytes, small_unit_bytes).plan()
+    if lookahead_bytes and abs(plan.ring_bytes - lookahead_bytes) >= 1 << 20:
         notes.append(
-            f"lookahead of {lookahead_bytes >> 20} MB became {best.ring_bytes >> 20} MB: at least two of the largest streamed "
+            f"lookahead of {lookahead_bytes >> 20} MB became {plan.ring_bytes >> 20} MB: at least two of the largest streamed "
             "unit, at most what the budget leaves"
         )
-    return Plan(best.resident, best.ring_bytes, best.offsets, budget_bytes, best.prediction, limit, tuple(notes))
+    return replace(plan, notes=tuple(notes))
 
 
-def _ring_sizes(workload: Workload, free: list[int], room: int, wish: int) -> list[int]:
-    """Ring sizes worth trying, in bytes, each a multiple of `GRAIN` and at most `room`. The first always works."""
-    room = room // GRAIN * GRAIN
-    largest = max(workload.nbytes[unit] for unit in free)
-    always = min(2 * largest, room)
-    if wish:
-        return [min(max(-(-wish // GRAIN) * GRAIN, always), room)]
-    sizes = [always]
-    sizes += [size for factor in (3, 4, 6) if (size := factor * largest) <= room]
-    sizes += [size for part in (8, 4, 2) if (size := room // part // GRAIN * GRAIN) >= always]
-    # With the largest units resident a smaller ring is enough.
-    by_size = sorted((workload.nbytes[unit] for unit in free), reverse=True)
-    for rank in (len(by_size) // 32, len(by_size) // 8):
-        if rank and 2 * by_size[rank] < always:
-            sizes.append(2 * by_size[rank])
-    return list(dict.fromkeys(sizes))
+class _Search:
+    """For one workload and budget, of which not everything fits. A *set* is one of residents, those that must be included; what
+    it leaves of the budget is the ring's, unless the user wished for a size."""
 
+    def __init__(self, workload: Workload, budget_bytes: int, wish: int, small_unit_bytes: int) -> None:
+        nbytes = workload.nbytes
+        self._workload = workload
+        self._nbytes = nbytes
+        self._budget = budget_bytes
+        self._limit = workload.limit_seconds(budget_bytes)
+        self._must = frozenset(workload.must_reside)
+        self._room = (budget_bytes - workload.fixed_bytes - sum(nbytes[unit] for unit in self._must)) // GRAIN * GRAIN
+        self._by_size = sorted((unit for unit in nbytes if unit not in self._must), key=nbytes.__getitem__, reverse=True)
+        self._always = min(2 * nbytes[self._by_size[0]], self._room)  # a ring of this size carries any of them
+        self._wish = min(max(-(-wish // GRAIN) * GRAIN, self._always), self._room) if wish else 0
+        self._small = [unit for unit in reversed(self._by_size) if nbytes[unit] < small_unit_bytes]
+        self._cycle = Cycle(workload)
 
-def _within(ranked: Iterable[int], small: Iterable[int], nbytes: Mapping[int, int], room: int) -> frozenset[int]:
-    """As many of the ranked units as fit `room` bytes, after the small ones: a copy of those is nearly all overhead, and so
-    are their hooks, whatever the ranking says."""
-    chosen: set[int] = set()
-    for unit in (*small, *ranked):
-        size = nbytes[unit]
-        if unit not in chosen and size <= room:
+    def plan(self) -> Plan:
+        """The fastest found."""
+        kept: frozenset[int] = frozenset()
+        proposals = self._proposals(kept)
+        proposals.look()
+        if self._small:
+            small = self._fitting(self._small)
+            with_small = self._proposals(small)
+            with_small.look_as(proposals)
+            if with_small.seconds <= proposals.seconds * (1 + SMALL_FIRST):
+                proposals, kept = with_small, small
+        plan: Plan | None = None
+        for seconds, resident in proposals.ranked()[:PLAYED]:
+            if plan is None or seconds < plan.prediction.seconds:
+                plan = self._played(resident, plan)
+        for resident in self._changed(plan.resident, kept)[:PLAYED]:
+            plan = self._played(resident, plan)
+        return plan
+
+    def _proposals(self, kept: frozenset[int]) -> Proposals:
+        room = self._room - sum(self._nbytes[unit] for unit in kept)
+        return Proposals(self._workload, self._must | kept, room, self._ring_sizes(room), not self._wish, self._estimate, self._limit)
+
+    def _fitting(self, units: list[int]) -> frozenset[int]:
+        """As many of them, from the first, as leave room for the ring."""
+        room = self._room - (self._wish or self._always)
+        chosen = set()
+        for unit in units:
+            room -= self._nbytes[unit]
+            if room < 0:
+                break
             chosen.add(unit)
-            room -= size
-    return frozenset(chosen)
+        return frozenset(chosen)
 
+    # -- judging -------------------------------------------------------------------------------------------------------
+    def _ring_bytes(self, resident: frozenset[int]) -> int:
+        """Of the ring beside these residents; 0 when it cannot carry the others."""
+        nbytes = self._nbytes
+        left = self._room - sum(nbytes[unit] for unit in resident - self._must)
+        ring_bytes = min(self._wish or left, left) // GRAIN * GRAIN
+        largest = next((nbytes[unit] for unit in self._by_size if unit not in resident), 0)
+        return ring_bytes if 2 * largest <= ring_bytes and ring_bytes >= self._wish else 0
 
-def _seconds_per_unit(workload: Workload) -> dict[int, float]:
-    total: dict[int, float] = {}
-    for unit, seconds in workload.steps:
-        total[unit] = total.get(unit, 0.0) + seconds
-    return total
+    def _estimate(self, resident: frozenset[int]) -> float:
+        """Seconds per pass; infinity where the ring cannot carry the others."""
+        ring_bytes = self._ring_bytes(resident)
+        return self._cycle.seconds(resident, ring_bytes) if ring_bytes else math.inf
 
+    def _played(self, resident: frozenset[int], best: Plan | None) -> Plan | None:
+        """The better one of `best` and what these residents give, with every unit in its place."""
+        ring_bytes = self._ring_bytes(resident)
+        if not ring_bytes or (best is not None and best.prediction.seconds <= self._limit):
+            return best
+        steps = dict.fromkeys(unit for unit, _ in self._workload.steps if unit not in resident)
+        # Units that do not fire in the learned order (conditional ones) need a place as well.
+        order = [*steps, *(unit for unit in self._nbytes if unit not in steps and unit not in resident)]
+        hoped = self._estimate(resident) * (1 + LOST_TO_PLACES)
+        for spread in (False, True):
+            offsets = assign_offsets(order, self._nbytes, ring_bytes, spread=spread)
+            prediction = simulate(self._workload, resident, offsets, ring_bytes)
+            if best is None or prediction.seconds < best.prediction.seconds:
+                best = Plan(resident, ring_bytes, offsets, self._budget, prediction, self._limit)
+            if prediction.seconds <= hoped:
+                break
+        return best
 
-def _least_compute_per_byte(workload: Workload, free: list[int], room: int) -> Iterator[int]:
-    seconds = _seconds_per_unit(workload)
-    return iter(sorted(free, key=lambda unit: (seconds.get(unit, 0.0) / max(1, workload.nbytes[unit]), unit)))
+    def _ring_sizes(self, room: int) -> list[int]:
+        """Sizes worth trying, each a multiple of `GRAIN`. The first always works where `room` is all there is."""
+        if self._wish:
+            return [self._wish]
+        largest = self._nbytes[self._by_size[0]]
+        sizes = [self._always, *(factor * largest for factor in (3, 4, 6)), *(room // part for part in (8, 4, 2))]
+        # With the largest units resident a smaller ring is enough.
+        sizes += [2 * self._nbytes[self._by_size[rank]] for rank in (len(self._by_size) // 32, len(self._by_size) // 8)]
+        return list(dict.fromkeys(size // GRAIN * GRAIN for size in sizes if size <= room))
 
+    def _changed(self, resident: frozenset[int], kept: frozenset[int]) -> list[frozenset[int]]:
+        """With small changes, those that helped most first."""
+        steps = max(1, len(self._workload.steps))
+        few = steps <= FEW
 
-def _largest(workload: Workload, free: list[int], room: int) -> Iterator[int]:
-    return iter(sorted(free, key=lambda unit: (-workload.nbytes[unit], unit)))
+        def judge(chosen: frozenset[int]) -> float:
+            if not few:
+                return self._estimate(chosen)
+            plan = self._played(chosen, None)
+            return math.inf if plan is None else plan.prediction.seconds
 
-
-def _in_order(workload: Workload, free: list[int]) -> list[int]:
-    wanted = set(free)
-    first = dict.fromkeys(unit for unit, _ in workload.steps if unit in wanted)
-    return [*first, *(unit for unit in free if unit not in first)]
-
-
-def _even(workload: Workload, free: list[int], room: int) -> Iterator[int]:
-    """Resident bytes spread evenly along the pass."""
-    total = sum(workload.nbytes[unit] for unit in free)
-    share = min(1.0, room / total) if total else 1.0
-    credit = 0.0
-    for unit in _in_order(workload, free):
-        credit += share * workload.nbytes[unit]
-        if credit >= workload.nbytes[unit]:
-            credit -= workload.nbytes[unit]
-            yield unit
-
-
-def _keeps_pace(workload: Workload, free: list[int], room: int) -> Iterator[int]:
-    """Stream a unit only while the streamed bytes so far stay behind the share of computing done so far."""
-    seconds = _seconds_per_unit(workload)
-    compute = sum(seconds.get(unit, 0.0) for unit in free) or 1.0
-    to_stream = sum(workload.nbytes[unit] for unit in free) - room
-    computed, streamed = 0.0, 0
-    for unit in _in_order(workload, free):
-        computed += seconds.get(unit, 0.0)
-        if streamed + workload.nbytes[unit] <= to_stream * computed / compute:
-            streamed += workload.nbytes[unit]
-        else:
-            yield unit
-
-
-_POLICIES: tuple[Policy, ...] = (
-    _least_compute_per_byte,
-    _largest,
-    _even,
-    _keeps_pace,
-)
+        movable = [unit for unit in reversed(self._by_size) if unit not in kept]
+        tries = STEPS_TO_IMPROVE // (steps * (FEW_COST if few else 1))
+        heat = FEW_HEAT if few else HEAT
+        return improve(resident, movable, judge, tries, heat, self._limit, jumps=few) if tries >= LEAST_TRIES else []

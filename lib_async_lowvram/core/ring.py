@@ -3,7 +3,7 @@
 Problem: units of very different sizes stream through one slab in a known cyclic order. A slot may be overwritten only
 after its last reader; nothing may be allocated on the way (I2).
 
-Every streamed unit has one fixed place in the slab, chosen once per plan (`assign_offsets`). Fixed places mean that the
+Every streamed unit has one fixed place in the slab, chosen once per plan (`core.places`). Fixed places mean that the
 tensors over a slot are made once, and that the units whose ranges overlap are known beforehand: a unit can be onloaded
 exactly when none of those is live. For each unit that left, the ring keeps a *fence* - the event after which its bytes may
 be overwritten - and hands the newcomer those it still has to wait for. All onloads go through one copy
@@ -15,59 +15,8 @@ Offsets and sizes in bytes. Fences are opaque. Caller: `network`, under the move
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Any
-
-
-def assign_offsets(order: Sequence[int], nbytes: Mapping[int, int], ring_bytes: int) -> dict[int, int]:
-    """A fixed place for every unit of the cyclic `order`: {unit: offset}.
-
-    Greedy: each unit, in order of first use, goes where the units it must evict were used longest ago; among equals, where
-    it leaves the largest hole beside itself (a unit in the middle of the slab leaves no room for one half as large, which
-    would undo the overlap that a ring of twice the largest unit is there for); then the lowest offset.
-
-    Raises `ValueError` when a unit is larger than the ring.
-    """
-    # The skyline: which unit was placed last over each byte, as disjoint spans in address order.
-    skyline: list[tuple[int, int, int]] = [(0, ring_bytes, -1)]  # (start, end, when placed)
-    offsets: dict[int, int] = {}
-    start = end = 0  # of the unit placed last
-    for now, unit in enumerate(dict.fromkeys(order)):
-        size = nbytes[unit]
-        if size > ring_bytes:
-            raise ValueError(f"a unit of {size} bytes does not fit a ring of {ring_bytes} bytes")
-        last = ring_bytes - size
-        best = None
-        for offset in {0, last, min(end, last), max(0, min(start - size, last))}:
-            evicts = max((when for low, high, when in skyline if low < offset + size and offset < high), default=-1)
-            key = (now - evicts, max(offset, last - offset), -offset)
-            if best is None or key > best[0]:
-                best = (key, offset)
-        start = offsets[unit] = best[1]
-        end = start + size
-        if size:
-            skyline = [
-                *((low, min(high, start), when) for low, high, when in skyline if low < start),
-                (start, end, now),
-                *((max(low, end), high, when) for low, high, when in skyline if high > end),
-            ]
-    return offsets
-
-
-def overlaps(offsets: Mapping[int, int], nbytes: Mapping[int, int]) -> dict[int, tuple[int, ...]]:
-    """For each unit, the other units whose ranges share a byte with its own."""
-    spans = sorted((offset, offset + nbytes[unit], unit) for unit, offset in offsets.items())
-    found: dict[int, list[int]] = {unit: [] for unit in offsets}
-    active: list[tuple[int, int]] = []  # (end, unit)
-    for start, end, unit in spans:
-        active = [(stop, other) for stop, other in active if stop > start]
-        for _, other in active:
-            if end > start:
-                found[unit].append(other)
-                found[other].append(unit)
-        if end > start:
-            active.append((end, unit))
-    return {unit: tuple(others) for unit, others in found.items()}
 
 
 class Ring:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import random
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib_async_lowvram.core.pipeline import Workload
-from lib_async_lowvram.core.plan import GRAIN, Plan, least_budget, make_plan
+from lib_async_lowvram.core.pipeline import Workload, simulate
+from lib_async_lowvram.core.places import assign_offsets
+from lib_async_lowvram.core.plan import GRAIN, SMALL_FIRST, Plan, least_budget, make_plan
 from tests.core.unet_shapes import SD15, SDXL, Architecture, Tape
 
 
@@ -70,12 +75,22 @@ def test_a_lookahead_wish_is_met_or_clamped_with_a_note(load: Workload, wish: in
 
 
 @given(workloads(), st.integers(0, 400 * GRAIN))
-def test_small_units_come_first(load: Workload, wish: int) -> None:
+def test_small_units_come_first_unless_that_costs(load: Workload, wish: int) -> None:
     small = 4 * GRAIN
     plan = make_plan(load, wish, small_unit_bytes=small)
     if any(load.nbytes[unit] < small for unit in plan.offsets):
-        # One was left out for want of room, so nothing larger was taken in its place.
-        assert all(load.nbytes[unit] < small for unit in plan.resident - load.must_reside)
+        # One was left out: for want of room, so that nothing larger was taken in its place, or because another set is faster.
+        free = make_plan(load, wish)
+        without = all(load.nbytes[unit] < small for unit in plan.resident - load.must_reside)
+        assert without or plan.prediction.seconds <= free.prediction.seconds * (1 + SMALL_FIRST)
+
+
+def test_small_units_stay_where_it_costs_nothing() -> None:
+    nbytes = {unit: (GRAIN if unit % 2 else 8 * GRAIN) for unit in range(20)}
+    load = Workload(steps=tuple((unit, 1.0) for unit in range(20)), nbytes=nbytes, bandwidth=8 * GRAIN)
+    plan = make_plan(load, 50 * GRAIN, small_unit_bytes=2 * GRAIN)
+    assert plan.resident >= {unit for unit in nbytes if unit % 2}
+    assert plan.prediction.seconds == load.compute_seconds
 
 
 def test_least_budget() -> None:
@@ -96,9 +111,11 @@ def test_residents_are_those_that_would_stall() -> None:
 
 
 KNOWN = [
-    *((SD15, 512, 9.3e12, share, milliseconds) for share, milliseconds in ((10, 264), (25, 237), (30, 227), (50, 190), (70, 178))),
-    *((SDXL, 1024, 12e12, share, milliseconds) for share, milliseconds in ((10, 1318), (25, 1152), (30, 1134))),
+    *((SD15, 512, 9.3e12, share, mark) for share, mark in ((10, 263.68), (25, 237.10), (30, 227.38), (50, 190.49), (70, 178.39))),
+    *((SDXL, 1024, 12e12, share, mark) for share, mark in ((10, 1317.92), (25, 1152.50), (30, 1134.21))),
 ]
+"""Milliseconds per pass of the best set and ring that a coarse search found (shared/plan_reference/sweep.py, two digits more than it
+prints), in a ring without places: any units whose bytes sum up to its size."""
 
 
 @pytest.mark.parametrize(("architecture", "parameters"), [(SD15, 859_520_964), (SDXL, 2_567_463_684)])
@@ -106,11 +123,99 @@ def test_the_shapes_are_those_of_the_published_models(architecture: Architecture
     assert Tape(architecture).run(512).parameters == parameters
 
 
+@pytest.mark.parametrize("small", [0, 1 << 20])
 @pytest.mark.parametrize(("architecture", "pixels", "speed", "share", "milliseconds"), KNOWN)
-def test_near_the_best_known_schedule(architecture: Architecture, pixels: int, speed: float, share: int, milliseconds: int) -> None:
+def test_not_worse_than_the_best_known_schedule(
+    architecture: Architecture, pixels: int, speed: float, share: int, milliseconds: float, small: int
+) -> None:
     load = Tape(architecture).run(pixels).workload(speed)
     wish = load.total_bytes * share // 100
-    plan = make_plan(load, wish, small_unit_bytes=1 << 20)
+    plan = make_plan(load, wish, small_unit_bytes=small)
     check(load, plan, wish)
-    assert plan.prediction.seconds <= 1.07 * milliseconds / 1000
+    assert plan.prediction.seconds <= milliseconds / 1000 * (1 if milliseconds > load.compute_seconds * 1001 else 1.001)
     assert plan.prediction.seconds >= plan.limit_seconds * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("link", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize(("architecture", "pixels", "speed"), [(SD15, 512, 9.3e12), (SDXL, 1024, 12e12)])
+def test_simple_rules_are_not_better(architecture: Architecture, pixels: int, speed: float, link: float) -> None:
+    load = Tape(architecture).run(pixels).workload(speed)
+    load = replace(load, bandwidth=load.bandwidth * link)
+    for share in (10, 30, 50, 90):
+        budget = load.total_bytes * share // 100
+        plan = make_plan(load, budget)
+        for name, order in simple_rules(load).items():
+            for ring in (112 << 20, 160 << 20, 256 << 20):
+                resident, room = set(), budget - ring
+                for unit in order:
+                    if load.nbytes[unit] <= room:
+                        resident.add(unit)
+                        room -= load.nbytes[unit]
+                streamed = [unit for unit, _ in load.steps if unit not in resident]
+                if budget < ring or 2 * max(map(load.nbytes.__getitem__, streamed)) > ring + room:
+                    continue
+                offsets = assign_offsets(streamed, load.nbytes, ring + room)
+                other = simulate(load, frozenset(resident), offsets, ring + room)
+                assert plan.prediction.seconds <= 1.01 * other.seconds, (name, share, ring)
+
+
+@pytest.mark.parametrize(("architecture", "pixels", "speed"), [(SD15, 512, 9.3e12), (SDXL, 1024, 12e12)])
+def test_more_memory_is_not_slower(architecture: Architecture, pixels: int, speed: float) -> None:
+    """The planner looks at different sets for different budgets; what it loses by that stays below one percent."""
+    load = Tape(architecture).run(pixels).workload(speed)
+    times = [make_plan(load, load.total_bytes * share // 100, small_unit_bytes=1 << 20).prediction.seconds for share in range(10, 100, 10)]
+    assert all(later <= earlier * 1.01 for earlier, later in zip(times, times[1:], strict=False))
+
+
+def simple_rules(load: Workload) -> dict[str, list[int]]:
+    """Units in the order in which each rule makes them resident."""
+    seconds = dict(load.steps)
+    order = list(seconds)
+    size = load.nbytes
+    return {
+        "prefix": order,
+        "largest first": sorted(order, key=lambda unit: -size[unit]),
+        "smallest first": sorted(order, key=lambda unit: size[unit]),
+        "least compute per byte": sorted(order, key=lambda unit: seconds[unit] / size[unit]),
+        "even": sorted(order, key=lambda unit: (order.index(unit) * 7919) % len(order)),
+    }
+
+
+CASES, WITHIN = 300, 1.02
+
+
+def test_near_the_best_of_all_sets() -> None:
+    """Small cases, all sets of residents tried: within 2% in 99% of them."""
+    draw = random.Random(0)
+    ratios = []
+    while len(ratios) < CASES:
+        count = draw.randint(4, 9)
+        nbytes = {unit: GRAIN * draw.choice((1, 2, 3, 5, 8, 13, 30, 60)) for unit in range(count)}
+        steps = tuple((unit, draw.choice((0.1, 1.0, 1.0, 3.0, 10.0))) for unit in range(count))
+        load = Workload(
+            steps=steps,
+            nbytes=nbytes,
+            bandwidth=sum(nbytes.values()) / sum(seconds for _, seconds in steps) * draw.choice((0.3, 1.0, 1.0, 3.0)),
+            copy_overhead_seconds=0.01,
+            lead_seconds=draw.choice((0.0, 1.0)),
+        )
+        budget = int(least_budget(load) + draw.random() * (load.total_bytes - least_budget(load))) // GRAIN * GRAIN
+        if budget >= load.total_bytes:
+            continue
+        ratios.append(make_plan(load, budget).prediction.seconds / best_of_all(load, budget))
+    near = sum(ratio <= WITHIN for ratio in ratios)
+    print(f"{near} of {CASES} within {WITHIN:.0%} of the best set; the worst {max(ratios):.3f}")
+    assert near >= 0.99 * CASES
+
+
+def best_of_all(load: Workload, budget: int) -> float:
+    best = math.inf
+    for bits in range(1 << len(load.nbytes)):
+        resident = frozenset(unit for unit in load.nbytes if bits >> unit & 1)
+        ring = budget - sum(load.nbytes[unit] for unit in resident)
+        streamed = [unit for unit in load.nbytes if unit not in resident]
+        if ring >= 0 and 2 * max((load.nbytes[unit] for unit in streamed), default=0) <= ring:
+            for spread in (False, True):
+                offsets = assign_offsets(streamed, load.nbytes, ring, spread=spread)
+                best = min(best, simulate(load, resident, offsets, ring).seconds)
+    return best

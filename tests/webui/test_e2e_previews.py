@@ -197,7 +197,7 @@ def test_an_interrupt_with_previews_and_the_job_after_it(ours, wanted):
 
 def test_off_is_the_hosts_own(ours, wanted):
     ours.set_options(live_previews_enable=True, show_progress_every_n_steps=1, show_progress_type="Approx NN", async_lowvram_previews=False)
-    before = ours.status()["preview"]
+    before = settled(ours)["preview"]
     with Pollers(ours, count=2) as pollers:
         assert ours.pictures("txt2img", JOB) == wanted[1]
     assert ours.status()["preview"] == before
