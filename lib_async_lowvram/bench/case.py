@@ -222,10 +222,11 @@ class Case:
             if not budget.equal:
                 wanted.append((f"async {budget}", budget.of(self._total), None))
                 continue
-            for row in self._rows[1:]:
-                taken = judge.weights_on_device(row)
-                if taken is not None and taken < self._total:
-                    wanted.append((f"async = {row.key}", taken, row.key))
+            others = [(row.key, judge.weights_on_device(row)) for row in self._rows[1:]]
+            found = [(f"async = {key}", taken, key) for key, taken in others if taken is not None and taken < self._total]
+            wanted += found
+            if not found:
+                self._dropped.append("async equal: no other contender ran whose device memory is known")
         for key, nbytes, equal_to in wanted:
             self._rows.append(Row(key, mine.contender, self._ours, mine.memory, mine.seconds, nbytes, equal_to))
 

@@ -116,6 +116,7 @@ def _run_cases(settings: BenchSettings, shared: Shared, document: dict[str, Any]
                 tick=progress.update,
             )
             document["cases"].append(case.run())
+            del case  # its contenders hold a copy of the weights each, and the next model's are about to be drawn
         except torch.cuda.OutOfMemoryError as error:
             document["notes"].append(f"{name}: not run, the device has no room for it: {_first_line(error)}")
         write_outputs(document, *outputs)

@@ -13,6 +13,7 @@ Called by `command` on the main thread.
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,7 +61,8 @@ def steps_of(suite: str, seed: int, loading_scale: float | None = None) -> tuple
 
 
 def run_suite(suite: str, folder: Path, *, device: str | None, seed: int, seconds: float | None) -> list[dict[str, Any]]:
-    """Run the steps, write `folder`/NAME.json, suite.md and suite.png. Returns the documents. `device` None: CUDA for "gpu",
+    """Run the steps, write `folder`/NAME.json, suite.md and suite.png. Returns the documents. A step that fails is told, with
+    its traceback, and the others go on; in the end that is a `BenchError` all the same. `device` None: CUDA for "gpu",
     simulated for "tiny". Raises `BenchError`, `UnsupportedDevice`."""
     steps = steps_of(suite, seed)
     try:
@@ -68,6 +70,7 @@ def run_suite(suite: str, folder: Path, *, device: str | None, seed: int, second
     except OSError as error:
         raise BenchError(f"cannot make the folder {folder}: {error.strerror or error}") from error
     written: list[Path] = []
+    failed: list[str] = []
     documents: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         opened = open_streams(device or ("cuda" if suite == "gpu" else "simulated"))
@@ -89,11 +92,17 @@ def run_suite(suite: str, folder: Path, *, device: str | None, seed: int, second
             except BenchError as error:
                 print(f"{step.name}: not run, {error}")
                 continue
+            except Exception as error:  # on a borrowed machine the other steps are worth more than an early end
+                traceback.print_exc()
+                failed.append(f"{step.name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+                continue
             written.append(path)
             _write_summary(written, folder)
-    if not written:
+    if not written and not failed:
         raise BenchError("nothing could be measured; the lines above say why")
     print(f"In {folder}: {', '.join(path.name for path in written)}, suite.md, suite.png.")
+    if failed:
+        raise BenchError(f"steps failed: {'; '.join(failed)}")
     return documents
 
 

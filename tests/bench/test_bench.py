@@ -143,6 +143,14 @@ def test_a_peer_that_fails_is_reported_and_the_others_go_on(monkeypatch, tmp_pat
     ]
 
 
+def test_nobody_to_be_equal_to(tmp_path):
+    path = tmp_path / "run.json"
+    assert main([*ARGUMENTS, "--contenders", "async", "--budget", "equal", "--rounds", "1", "--json", str(path)]) == 0
+    case = results.read(path)["cases"][0]
+    assert [result["contender"] for result in case["results"]] == ["resident"]
+    assert case["dropped"] == ["async equal: no other contender ran whose device memory is known"]
+
+
 def test_a_case_that_does_not_fit_is_told(monkeypatch, tmp_path, capsys):
     def run(self):
         raise torch.cuda.OutOfMemoryError("tried to allocate 5 GB\nand more")

@@ -73,3 +73,20 @@ def test_the_tiny_suite_keeps_a_time_that_is_much_too_short(tmp_path, capsys):
 def test_the_gpu_suite_needs_a_gpu(tmp_path, capsys):
     assert main(["bench", "--suite", "gpu", "--json-dir", str(tmp_path), "--device", "simulated"]) == 2
     assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_a_step_that_fails_is_told_and_the_others_go_on(monkeypatch, tmp_path, capsys):
+    ran = []
+
+    def run_bench(settings, shared):
+        ran.append(settings.json.stem)
+        if len(ran) == 1:
+            raise RuntimeError("CUDA error: out of luck\nand more")
+        raise BenchError("no room")
+
+    monkeypatch.setattr(suite, "run_bench", run_bench)
+    assert main(["bench", "--suite", "tiny", "--json-dir", str(tmp_path)]) == 2
+    assert ran == ["tiny", "loading", "tiny-large"]
+    printed = capsys.readouterr()
+    assert "loading: not run, no room" in printed.out and "Traceback" in printed.err
+    assert printed.err.endswith("error: steps failed: tiny: RuntimeError: CUDA error: out of luck\n")
