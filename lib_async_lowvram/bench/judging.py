@@ -87,6 +87,11 @@ class Judge:
             )
         return self._best[budget_bytes]
 
+    @staticmethod
+    def _streamed_units(row: Row) -> float:
+        """Per pass, of the mover: every use of one is a hit or a miss."""
+        return (row.details.get("hits", 0) + row.details.get("misses", 0)) / max(1, row.details.get("passes", 0))
+
     def launch_seconds(self, row: Row) -> float | None:
         return None if self._simulated else median(row.passes.launched[row.key])
 
@@ -97,6 +102,8 @@ class Judge:
         limit = None if held is None else self.limit_seconds(held, compute_seconds)
         best = None if row.effective_bytes is None else self.best_schedule_seconds(row.effective_bytes, compute_seconds)
         stalls = row.passes.stalls.get(row.key) if row.contender.streams.knows_stalls else None
+        overhead = seconds - compute_seconds - median(stalls) if stalls else None
+        units = self._streamed_units(row)
         return Result(
             contender=row.contender.name,
             budget_bytes=row.budget_bytes,
@@ -113,6 +120,8 @@ class Judge:
             schedule_efficiency=None if best is None else best / seconds,
             stall_seconds=median(stalls) if stalls else max(0.0, seconds - compute_seconds),
             stall_derived=not stalls,
+            overhead_seconds=overhead,
+            overhead_per_unit_seconds=overhead / units if overhead is not None and units else None,
             peak_weight_bytes=self.weights_on_device(row),
             peak_device_bytes=row.peak_device_bytes,
             host_pinned_bytes=row.pinned_bytes,

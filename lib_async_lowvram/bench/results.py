@@ -36,6 +36,8 @@ class Result:
         best_schedule_seconds: of the planner's search from the resident profile under this budget.
         efficiency: limit / time. schedule_efficiency: best schedule / time.
         stall_seconds: per pass; measured, or where the device cannot tell, time beyond the resident compute (`stall_derived`).
+        overhead_seconds: per pass, time that is neither computing nor stall: the mover's hooks, and whatever its copies take from
+            the computing; None where the stall is not measured. overhead_per_unit_seconds: that, per streamed unit.
         peak_weight_bytes: of the device's own counter, learning excluded. peak_device_bytes: weights, activations and all.
         host_pinned_bytes: page-locked, as asked for.
         bitwise_equal: every output that of the same model with everything resident. outputs_compared_with: that model.
@@ -56,6 +58,8 @@ class Result:
     schedule_efficiency: float | None
     stall_seconds: float | None
     stall_derived: bool
+    overhead_seconds: float | None
+    overhead_per_unit_seconds: float | None
     peak_weight_bytes: int | None
     peak_device_bytes: int | None
     host_pinned_bytes: int | None

@@ -68,6 +68,10 @@ def test_results(document):
             assert result["limit_seconds"] == pytest.approx(max(compute, (total - effective) / bandwidth))
             assert result["best_schedule_seconds"] >= 0.999 * result["limit_seconds"]
             assert result["schedule_efficiency"] == pytest.approx(result["best_schedule_seconds"] / result["seconds_per_pass"])
+            overhead = result["seconds_per_pass"] - compute - result["stall_seconds"]
+            assert result["overhead_seconds"] == pytest.approx(overhead)
+            units = result["details"]["hits"] / result["details"]["passes"]
+            assert units > 0 and result["overhead_per_unit_seconds"] == pytest.approx(overhead / units)
             assert result["host_pinned_bytes"] >= 0.98 * total and not result["stall_derived"]
             assert result["details"]["misses"] == 0 and result["details"]["host_waits"] == 0
         raised, half, whole, equal = ours
