@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lib_async_lowvram.arguments import moved
+from lib_async_lowvram.arguments import moved, shape_of
 from lib_async_lowvram.device.weights import Unit
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class SpanActor:
         network = self._network
         self._handled = sys.exc_info()[1]
         with network.context.lock:
-            network.begin_pass()
+            network.begin_pass(shape=shape_of(args, kwargs))
             network.running(module)
         return moved(args, kwargs, network.context.streams.device)
 

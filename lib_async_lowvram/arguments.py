@@ -1,4 +1,4 @@
-"""Arguments that lie where the weights were: brought to where they will be.
+"""What a call was given: arguments that lie where the weights were are brought to where they will be; shapes tell passes apart.
 
 Problem: the WebUI's `create_embedding` sends ids to `weight.device`, and then calls the hooked module. Between passes a
 streamed weight is on the host, so the ids arrive there, and the weight on the device.
@@ -22,3 +22,8 @@ def moved(args: tuple, kwargs: dict, device: torch.device) -> tuple[tuple, dict]
     if not any(isinstance(value, torch.Tensor) and value.device != device for value in (*args, *kwargs.values())):
         return None
     return tuple(map(move, args)), {key: move(value) for key, value in kwargs.items()}
+
+
+def shape_of(args: tuple, kwargs: dict) -> tuple:
+    """The shapes of all tensors given directly: passes with the same ones take equally long."""
+    return tuple(tuple(value.shape) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))

@@ -15,6 +15,7 @@ from lib_async_lowvram.device.address_ranges import HostRanges
 from lib_async_lowvram.device.host_memory import HostMemory
 from lib_async_lowvram.device.placement import PlacementChecker
 from lib_async_lowvram.device.streams import Streams
+from lib_async_lowvram.measured import Measured
 
 STEP = 32 << 20
 """Bytes. The automatic budget is rounded down to it, so that a few bytes more or less do not make another plan."""
@@ -56,6 +57,7 @@ class Context:
     Attributes:
         checker, host_ranges: the placement judge and what it guards; None unless the config asks for it.
         shares_masters: another mover's masters are used where modules lie over them.
+        measured: what passes on this device have shown.
         trace: where spans of computing and stalls go; None = nowhere.
         gone: what networks had counted that are attached no longer (models that were thrown away).
     """
@@ -68,6 +70,7 @@ class Context:
     trace: Trace | None = None
     shares_masters: bool = False
     gone: Counters = field(default_factory=Counters)
+    measured: Measured = field(default_factory=Measured)
     lock: threading.RLock = field(default_factory=threading.RLock)
     peaks: Peaks = field(init=False)
 

@@ -38,10 +38,14 @@ class HookSet:
 
     def units_on(self) -> None:
         """Acquire and release hooks on every unit that has an announcing anchor."""
-        contents = self._network.contents
-        for unit in contents.units:
-            if unit.index in contents.announced and unit.index not in self._units and (module := unit.anchor()) is not None:
-                self._units[unit.index] = Installed("unit", module, UnitActor(self._network, unit))
+        for unit in self._network.contents.units:
+            self.unit_on(unit)
+
+    def unit_on(self, unit: Unit) -> None:
+        """The same on one."""
+        announced = unit.index in self._network.contents.announced
+        if announced and unit.index not in self._units and (module := unit.anchor()) is not None:
+            self._units[unit.index] = Installed("unit", module, UnitActor(self._network, unit))
 
     def unit_off(self, unit: Unit) -> None:
         """Take one unit's hooks off: a resident that has arrived."""

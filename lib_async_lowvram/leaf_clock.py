@@ -5,12 +5,17 @@ the residents arrive has acquire hooks on every unit too, so it can be timed wit
 the copy; later passes carry no timing events at all. What lies between one unit's wait and the next one's is the first
 one's computing. Of several measurements the smallest counts: noise only ever adds.
 
+The copies made meanwhile are timed, too, from when the copy stream gets to them: the link as it is while the device computes.
+
 Called by `transfers` and `streaming` under the mover's lock. Events are read when they are long done; nobody waits.
 """
 
 from __future__ import annotations
 
 from lib_async_lowvram.device.streams import Event, Streams
+
+LARGE = 1 << 20
+"""Bytes of a copy that says something about the link."""
 
 
 class LeafClock:
@@ -22,6 +27,7 @@ class LeafClock:
         self._start: Event | None = None
         self._before: Event | None = None
         self._end: Event | None = None
+        self._copies: list[tuple[int, Event, Event]] = []
 
     def _now(self) -> Event:
         return self._streams.record(self._streams.current_stream(), timing=True)
@@ -37,6 +43,25 @@ class LeafClock:
     def after_wait(self, unit: int) -> None:
         """It has been told to: from here on `unit` computes."""
         self._marks.append((unit, self._before, self._now()))
+
+    def copies(self, nbytes: int) -> bool:
+        """Whether a copy of that size is worth two timing events."""
+        return nbytes >= LARGE
+
+    def copied(self, nbytes: int, start: Event, end: Event) -> None:
+        """Timing events of the copy stream around one copy."""
+        self._copies.append((nbytes, start, end))
+
+    def read_copies(self) -> tuple[int, float]:
+        """(bytes, seconds) of all copies that are done."""
+        streams = self._streams
+        done = [(nbytes, streams.elapsed(start, end)) for nbytes, start, end in self._copies if streams.done(end)]
+        return sum(nbytes for nbytes, _ in done), sum(seconds for _, seconds in done)
+
+    @property
+    def units(self) -> list[int]:
+        """Those seen to fire, in order."""
+        return [unit for unit, _, _ in self._marks]
 
     def end(self) -> None:
         """The pass ends."""

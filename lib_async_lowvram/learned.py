@@ -71,23 +71,60 @@ class Learned:
         """Seconds per pass with everything resident, as the learning pass saw it."""
         return self.lead_seconds + sum(seconds for _, seconds in self.steps)
 
-    def refined(self, lead_seconds: float, steps: Sequence[tuple[int, float]]) -> Learned:
-        """With a later pass's times taken into account: of two measurements the smaller one. Unchanged when that would make
-        less than a `NOTEWORTHY` difference, since other times mean another plan.
+    def refined(self, lead_seconds: float, steps: Sequence[tuple[int, float]], known: bool = True) -> Learned:
+        """With a later pass's times taken into account. `known`: the times here are of such passes, so that of two measurements
+        the smaller one counts; else they are of passes of another size, and give way. Unchanged when that would make less than a
+        `NOTEWORTHY` difference, since other times mean another plan.
 
-        A resident that fires twice is seen only once there (its hooks go when it has arrived); then only the sum is
-        comparable, and scales every step. A pass that did not fire the same units says nothing.
+        Residents have no hooks once they have arrived: then what was measured from one streamed unit to the next is shared out
+        over all that fire between the two, in proportion to the times here. A pass that fired other units says nothing.
         """
-        if {unit for unit, _ in steps} != set(self.first):
+        fresh = self._shared_out(lead_seconds, steps)
+        if fresh is None:
             return self
-        if [unit for unit, _ in steps] == [unit for unit, _ in self.steps]:
-            merged = tuple((unit, min(old, new)) for (unit, old), (_, new) in zip(self.steps, steps, strict=True))
-            better = replace(self, steps=merged, lead_seconds=min(self.lead_seconds, lead_seconds))
-            return better if better.compute_seconds < (1 - NOTEWORTHY) * self.compute_seconds else self
-        factor = (lead_seconds + sum(seconds for _, seconds in steps)) / self.compute_seconds
-        if factor >= 1 - NOTEWORTHY:
+        if known:
+            fresh = replace(
+                fresh,
+                steps=tuple((unit, min(old, new)) for (unit, old), (_, new) in zip(self.steps, fresh.steps, strict=True)),
+                lead_seconds=min(self.lead_seconds, fresh.lead_seconds),
+            )
+        return fresh if abs(fresh.compute_seconds - self.compute_seconds) > NOTEWORTHY * self.compute_seconds else self
+
+    def _shared_out(self, lead_seconds: float, seen: Sequence[tuple[int, float]]) -> Learned | None:
+        """With the times of a pass in which only some firings were seen, in this order. None when it is another order."""
+        parts: list[list] = [[lead_seconds, []]]  # (seconds, places in `steps` that share them)
+        place = 0
+        for unit, seconds in seen:
+            while place < len(self.steps) and self.steps[place][0] != unit:
+                parts[-1][1].append(place)
+                place += 1
+            if place == len(self.steps):
+                return None
+            parts.append([seconds, [place]])
+            place += 1
+        parts[-1][1].extend(range(place, len(self.steps)))
+        times = [0.0] * len(self.steps)
+        lead = lead_seconds
+        for number, (seconds, places) in enumerate(parts):
+            before = 0.0 if number else self.lead_seconds
+            whole = before + sum(self.steps[each][1] for each in places)
+            if not number:
+                lead = seconds * before / whole if whole else seconds
+            for each in places:
+                times[each] = seconds * self.steps[each][1] / whole if whole else seconds / len(places)
+        return replace(self, lead_seconds=lead, steps=tuple((unit, times[each]) for each, (unit, _) in enumerate(self.steps)))
+
+    def timed(self, lead_seconds: float, steps: tuple[tuple[int, float], ...]) -> Learned:
+        """With these times, where they are of the same firings; else unchanged."""
+        if [unit for unit, _ in steps] != [unit for unit, _ in self.steps]:
             return self
-        return replace(self, steps=tuple((unit, factor * old) for unit, old in self.steps), lead_seconds=factor * self.lead_seconds)
+        return replace(self, lead_seconds=lead_seconds, steps=steps)
+
+    def linked(self, bandwidth: float | None) -> Learned:
+        """With another bandwidth, bytes per second, when it is notably another."""
+        if bandwidth is None or abs(bandwidth - self.bandwidth) <= NOTEWORTHY * self.bandwidth:
+            return self
+        return replace(self, bandwidth=bandwidth)
 
     def reordered(self, streamed: Sequence[int], resident: frozenset[int]) -> Learned:
         """With another order of the streamed units, as later passes fired them. Residents, which nobody sees fire, stay

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import nn
@@ -55,7 +55,7 @@ class Network:
         self.counters = Counters()
         self.contents = Contents(spec, context, self.counters)
         self.order = ExecutionOrder()
-        self.planning = Planning(name)
+        self.planning = Planning(name, context.measured)
         self.kept = Kept(context.streams)
         self.in_pass = False
         self.thread: int | None = None
@@ -95,9 +95,9 @@ class Network:
         return contextlib.nullcontext() if checker is None or on else checker.suspended()
 
     # -- passes --------------------------------------------------------------------------------------------------------
-    def begin_pass(self, announced: bool = False) -> None:
+    def begin_pass(self, announced: bool = False, shape: Hashable = None) -> None:
         """A pass starts on the calling thread. One that is still open (a BaseException, an open end) is closed first.
-        `announced`: nothing runs yet, so whether gradients are on now says nothing."""
+        `announced`: nothing runs yet, so whether gradients are on now says nothing. `shape`: of its arguments, where known."""
         self.end_pass(complete=self._ends_by_itself)
         self._on_begin(self)
         context = self.context
@@ -108,6 +108,7 @@ class Network:
             self.hooks.observe(False)
             self.contents.rebuild()
             self.planning.forget()
+        self.planning.began(shape, entering=self._streaming is None)
         for unit in self.contents.units:
             unit.suspect = context.config.always_write_back
         self.in_pass = True
@@ -210,7 +211,7 @@ class Network:
         contents = self.contents
         contents.join(observed.fired, observed.inside)
         in_step = self.context.streams.knows_stalls
-        self.planning.learn(Learned.of(observed, contents.units, contents.announced, contents.loose_bytes, in_step))
+        self.planning.learn(Learned.of(observed, contents.units, contents.announced, contents.loose_bytes, in_step), contents.units)
         self.hooks.observe(False)
         self.hooks.units_on()
         if not leaving:
@@ -228,6 +229,7 @@ class Network:
         except torch.cuda.OutOfMemoryError as error:
             least = self.planning.least_budget(self.contents.units)
             logger.warning("%s: %s; trying the least budget, %d MB", self.name, str(error).splitlines()[0], least >> 20)
+            self.planning.most_bytes = least
             self._make_plan(least)
             self._streaming = Streaming(self)
         self.hooks.units_on()
@@ -254,6 +256,7 @@ class Network:
         """Masters true and published, device memory given back. Blocks the host until nothing is in flight."""
         self.end_pass(complete=self._ends_by_itself, leaving=True)
         self._give_back()
+        self.planning.most_bytes = None
 
     def _give_back(self) -> None:
         self.kept.reduce_to(())

@@ -80,6 +80,33 @@ class Residents:
         if not self._announced(unit):
             self._transfers.wait_and_publish(unit)
 
+    def make_room(self, unit: Unit) -> None:
+        """Take the block in which a streamed unit will be resident. Raises torch's out-of-memory error."""
+        self._arena.block(unit.index, unit.nbytes)
+
+    def give_up_room(self, unit: Unit) -> None:
+        """It will not be resident after all."""
+        self._arena.release_block(unit.index, ())
+
+    def expect(self, unit: Unit) -> None:
+        """A streamed unit that is on the host becomes a resident: its next onload, in its turn, is the last one."""
+        unit.resident = True
+        self._expected.append(unit)
+        self._expected = deque(sorted(self._expected, key=lambda each: (self.place(each), each.index)))
+
+    def shed(self, unit: Unit) -> None:
+        """An arrived resident streams from now on: its device copy is dropped behind what may still read it. After `sweep`."""
+        after = [self._streams.record(self._streams.current_stream())]
+        if unit.written is not None:
+            after.append(unit.written)
+        self._arrived.remove(unit)
+        unit.unpublish()
+        unit.to(UnitState.HOST)
+        unit.unbind()
+        unit.resident = False
+        self._arena.release_block(unit.index, tuple(after))
+        self._network.hooks.unit_on(unit)
+
     def arrive(self, unit: Unit) -> None:
         """`unit` is used for the first time since the network was entered."""
         if unit.state is UnitState.HOST:

@@ -10,7 +10,7 @@ Called by `streaming` under the mover's lock, on the thread that runs the networ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -42,6 +42,10 @@ class Slots:
     def fits(self, unit: Unit) -> bool:
         """Whether its place can be made free now: large enough, and nobody there is in use."""
         return not self.outgrown(unit) and not any(blocker.depth for blocker in self._blockers(unit))
+
+    def move(self, offsets: Mapping[int, int]) -> None:
+        """Another plan's places in the same ring."""
+        self._ring.move(offsets, {unit: self._units[unit].nbytes for unit in offsets})
 
     @property
     def standing(self) -> list[Unit]:

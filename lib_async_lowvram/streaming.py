@@ -20,6 +20,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import torch
+
+from lib_async_lowvram.changeover import Changeover
 from lib_async_lowvram.core.states import UnitState
 from lib_async_lowvram.device.arena import Arena
 from lib_async_lowvram.device.loose import LooseTensors
@@ -61,6 +64,7 @@ class Streaming:
             self._loose = LooseTensors(self._streams, self._contents.modules(), self._contents.unmanaged)
             self._contents.guard_loose(self._loose, True)
             self._residents = Residents(network, self.arena, self._transfers)
+            self._changeover = Changeover(network, self._slots, self._residents)
         except BaseException:
             # Residents nobody announces may be on their way already.
             streams = self._streams
@@ -179,6 +183,7 @@ class Streaming:
                 unit.to(UnitState.READY)  # the copy kept here is the newer one
         else:
             self._slots.vacate(unit, consumer)
+            self._changeover.released(unit)
 
     # -- onloads -------------------------------------------------------------------------------------------------------
     def issue_ahead(self) -> None:
@@ -190,7 +195,7 @@ class Streaming:
             if self._residents.expected:
                 self._residents.onload_before(unit)
             if unit.state is UnitState.HOST or unit.state is UnitState.WRITE_BACK:
-                if slots.outgrown(unit):
+                if slots.outgrown(unit) or self._changeover.awaits(unit):
                     self._issued += 1
                     continue
                 if not slots.free_unwanted(unit):
@@ -229,13 +234,30 @@ class Streaming:
         self._residents.sweep()
         at_end = self._order.position == len(self._order) - 1
         fresh = self._order.position == -1
+        if self._changes_over():
+            at_end = fresh = False
         self._order.begin_pass()
         if not (at_end or fresh):
             self.resynchronise()
-        if not self._timed:
+        if not self._timed or self._network.planning.untimed:
             self._transfers.clock = LeafClock(self._streams)
             self._transfers.clock.start()
         self.issue_ahead()
+
+    def _changes_over(self) -> bool:
+        """Between two passes: to a better plan, if there is one by now. Whether the order is another one."""
+        network = self._network
+        changed = self._changeover.next_pass()
+        if self._timed and not changed and not self._residents.expected:
+            before = network.plan.budget_bytes
+            plan = network.planning.better(self._units, network.context.budget(), network.context.config)
+            if plan is not None:
+                try:
+                    self._changeover.to(plan)
+                except torch.cuda.OutOfMemoryError:
+                    network.planning.most_bytes = before  # and what was shed for more comes back by and by
+                changed = True
+        return changed
 
     def _join(self) -> None:
         """Another stream than last time's computes now (another thread, another request): it goes on behind that one."""
@@ -250,7 +272,8 @@ class Streaming:
         clock, self._transfers.clock = self._transfers.clock, None
         if clock is not None and complete:
             clock.end()
-            self._network.planning.timed(clock)
+            if [unit for unit in clock.units if unit in self._order] == list(self._order.sequence):
+                self._network.planning.timed(clock)
             self._timed = True
         self._residents.all_arrived()
         self._residents.sweep()

@@ -35,8 +35,12 @@ class Transfers:
         if unit.written is not None:
             streams.wait(streams.onload_stream, unit.written)
             unit.written = None
+        timed = self.clock is not None and self.clock.copies(unit.nbytes)
+        start = streams.record(streams.onload_stream, timing=True) if timed else None
         streams.copy(unit.memory[: unit.nbytes], unit.master, streams.onload_stream)
-        unit.copied = streams.record(streams.onload_stream)
+        unit.copied = streams.record(streams.onload_stream, timing=timed)
+        if timed:
+            self.clock.copied(unit.nbytes, start, unit.copied)
         self._counters.streamed_bytes += unit.nbytes
 
     def wait_and_publish(self, unit: Unit) -> None:

@@ -34,6 +34,12 @@ class Ring:
         self._left: list[tuple[int, int, int, Hashable, Any]] = []
         self._serial = 0
 
+    def move(self, offsets: Mapping[int, int], nbytes: Mapping[int, int]) -> None:
+        """Other places from now on, for units that had none, too; those that are live keep the one they are in."""
+        for unit, offset in offsets.items():
+            if unit not in self.live:
+                self.offsets[unit], self.nbytes[unit], self._ends[unit] = offset, nbytes[unit], offset + nbytes[unit]
+
     def blockers(self, unit: int) -> list[int]:
         """The live units that stand where `unit` goes."""
         start, end = self.offsets[unit], self._ends[unit]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 COUNTED = (
-    *("passes", "learning_passes", "hits", "misses", "refetches", "write_backs", "adopted", "skipped", "relearned"),
+    *("passes", "learning_passes", "hits", "misses", "refetches", "write_backs", "adopted", "skipped", "relearned", "replanned"),
     *("host_waits", "write_back_waits", "streamed_bytes"),
 )
 """The counters that only grow."""
@@ -25,7 +25,8 @@ class Counters:
         hits: acquires whose onload had been issued ahead; misses: acquires that had to issue it themselves.
         refetches: onloads repeated because the master changed after the prefetch; write_backs: changed units copied to
             their masters; adopted: units whose parameters were replaced by somebody and packed anew.
-        skipped: firings out of the learned order; relearned: times the order was replaced.
+        skipped: firings out of the learned order; relearned: times the order was replaced; replanned: times that another plan
+            was taken up between two passes in use.
         host_waits: host waits during streamed passes (I3: 0 with pinned masters). write_back_waits: passes at whose end the
             host waited for what had been changed and written back in them; not among the former.
         streamed_bytes_last_pass, stall_seconds_last_pass: of the last complete streamed pass.
@@ -40,6 +41,7 @@ class Counters:
     adopted: int = 0
     skipped: int = 0
     relearned: int = 0
+    replanned: int = 0
     host_waits: int = 0
     write_back_waits: int = 0
     streamed_bytes: int = 0

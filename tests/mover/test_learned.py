@@ -22,17 +22,35 @@ def test_the_smaller_of_two_measurements_counts() -> None:
     assert better.lead_seconds == 0.5
 
 
-def test_a_pass_that_fired_other_units_says_nothing() -> None:
+def test_a_pass_that_fired_others_says_nothing() -> None:
     base = learned([(0, 3.0), (1, 1.0)])
-    assert base.refined(0.0, [(0, 0.1)]) is base
     assert base.refined(0.0, [(0, 0.1), (2, 0.1)]) is base
+    assert base.refined(0.0, [(1, 0.1), (0, 0.1)]) is base
 
 
-def test_a_resident_seen_once_instead_of_twice_scales_the_whole() -> None:
-    base = learned([(0, 4.0), (1, 2.0), (0, 2.0)])
-    better = base.refined(0.0, [(0, 2.0), (1, 2.0)])
-    assert better.steps == ((0, 2.0), (1, 1.0), (0, 1.0))
-    assert base.refined(0.0, [(0, 20.0), (1, 2.0)]) is base
+def test_what_is_measured_between_two_streamed_units_is_shared_out_over_the_residents_there() -> None:
+    base = learned([(9, 1.0), (0, 4.0), (1, 2.0), (0, 2.0), (8, 2.0)], lead=1.0)
+    better = base.refined(1.0, [(0, 3.0), (0, 2.0)])
+    assert better.steps == ((9, 0.5), (0, 2.0), (1, 1.0), (0, 1.0), (8, 1.0))
+    assert better.lead_seconds == 0.5
+    slower = base.refined(1.0, [(0, 12.0), (0, 2.0)])
+    assert slower.steps == ((9, 0.5), (0, 4.0), (1, 2.0), (0, 1.0), (8, 1.0))  # each the smaller one
+
+
+def test_times_of_another_size_give_way() -> None:
+    base = learned([(0, 4.0), (1, 2.0)], lead=1.0)
+    larger = base.refined(4.0, [(0, 16.0), (1, 9.0)], known=False)
+    assert (larger.lead_seconds, larger.steps) == (4.0, ((0, 16.0), (1, 9.0)))
+    assert base.refined(1.0, [(0, 4.1), (1, 2.0)], known=False) is base
+
+
+def test_times_that_are_remembered_and_a_link() -> None:
+    base = learned([(0, 4.0), (1, 2.0)])
+    assert base.timed(1.0, ((0, 1.0), (1, 3.0))).steps == ((0, 1.0), (1, 3.0))
+    assert base.timed(1.0, ((1, 1.0), (0, 3.0))) is base
+    assert base.linked(None) is base
+    assert base.linked(1.04e9) is base
+    assert base.linked(2e9).bandwidth == 2e9
 
 
 def test_reordered_keeps_residents_behind_what_they_followed() -> None:
