@@ -33,7 +33,8 @@ class Changeover:
         self._slots = slots
         self._residents = residents
         self._growing: set[int] = set()  # to be residents: streaming for the last time
-        self._grown: set[int] = set()  # that is over; to arrive in the next pass
+        self.grown: set[int] = set()
+        """That is over: their next copies belong to the next pass, and to blocks of their own."""
 
     def to(self, plan: Plan) -> None:
         """Between two passes, when all residents have arrived and were swept: follow `plan`, whose ring is as large. Raises torch's
@@ -44,7 +45,7 @@ class Changeover:
             if unit.resident and unit.index not in wanted:
                 self._residents.shed(unit)
         self._growing = {index for index in wanted if not units[index].resident}
-        self._grown.clear()
+        self.grown.clear()
         self._slots.move(plan.offsets)
         try:
             for index in self._growing:
@@ -62,19 +63,15 @@ class Changeover:
         """A streamed unit has been used, and its place vacated."""
         if unit.index in self._growing:
             self._growing.discard(unit.index)
-            self._grown.add(unit.index)
-
-    def awaits(self, unit: Unit) -> bool:
-        """Whether its next copy belongs to the next pass, and to a block of its own."""
-        return unit.index in self._grown
+            self.grown.add(unit.index)
 
     def next_pass(self) -> bool:
         """A pass begins: those that have streamed for the last time arrive in it. Whether the order is another one now."""
-        if not self._grown:
+        if not self.grown:
             return False
-        for index in self._grown:
+        for index in self.grown:
             self._residents.expect(self._units[index])
-        self._grown.clear()
+        self.grown.clear()
         self._reorder()
         return True
 

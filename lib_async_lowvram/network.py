@@ -35,6 +35,8 @@ from lib_async_lowvram.region_pass import Observed, RegionPass
 from lib_async_lowvram.running import is_running
 from lib_async_lowvram.streaming import Streaming
 
+NOTHING = contextlib.nullcontext()
+
 
 class Network:
     """See the module.
@@ -92,7 +94,7 @@ class Network:
     def judged(self, on: bool) -> contextlib.AbstractContextManager:
         """Our own work between two operations may touch host weights; the placement checker looks away meanwhile."""
         checker = self.context.checker
-        return contextlib.nullcontext() if checker is None or on else checker.suspended()
+        return NOTHING if checker is None or on else checker.suspended()
 
     # -- passes --------------------------------------------------------------------------------------------------------
     def begin_pass(self, announced: bool = False, shape: Hashable = None) -> None:

@@ -34,9 +34,10 @@ class Residents:
         units = [network.contents.units[index] for index in network.plan.resident]
         # Those nobody announces first, then as they fire.
         units.sort(key=lambda unit: (self._announced(unit), self.place(unit), unit.index))
-        self._expected = deque(units)
+        self.expected = deque(units)
+        """Those that have not been onloaded yet, in the order in which they will be."""
         self._arrived: list[Unit] = []
-        while self._expected and not self._announced(self._expected[0]):
+        while self.expected and not self._announced(self.expected[0]):
             self.onload_next()
 
     def _announced(self, unit: Unit) -> bool:
@@ -47,23 +48,18 @@ class Residents:
         learned = self._network.learned
         return learned.first.get(unit.index, len(learned.steps))
 
-    @property
-    def expected(self) -> bool:
-        """Whether any resident has not been onloaded yet."""
-        return bool(self._expected)
-
     def onload_before(self, unit: Unit) -> None:
         """Onload those that fire before `unit`."""
         place = self.place(unit)
-        while self._expected and self.place(self._expected[0]) < place:
+        while self.expected and self.place(self.expected[0]) < place:
             self.onload_next()
 
     def onload_next(self) -> None:
         """Onload the one that is wanted next."""
-        self._onload(self._expected[0])
+        self._onload(self.expected[0])
 
     def _onload(self, unit: Unit) -> None:
-        self._expected.remove(unit)
+        self.expected.remove(unit)
         unchanged = self._contents.true_up(unit)
         kept = self._network.kept.take(unit)
         if kept is not None:
@@ -91,8 +87,8 @@ class Residents:
     def expect(self, unit: Unit) -> None:
         """A streamed unit that is on the host becomes a resident: its next onload, in its turn, is the last one."""
         unit.resident = True
-        self._expected.append(unit)
-        self._expected = deque(sorted(self._expected, key=lambda each: (self.place(each), each.index)))
+        self.expected.append(unit)
+        self.expected = deque(sorted(self.expected, key=lambda each: (self.place(each), each.index)))
 
     def shed(self, unit: Unit) -> None:
         """An arrived resident streams from now on: its device copy is dropped behind what may still read it. After `sweep`."""
@@ -127,7 +123,7 @@ class Residents:
 
     def all_arrived(self) -> None:
         """A pass has ended: those that did not fire in it are published as well."""
-        while self._expected:
+        while self.expected:
             self.onload_next()
         for unit in self._arrived:
             self._publish(unit)

@@ -16,7 +16,7 @@ import torch
 
 from lib_async_lowvram.core.plan import Plan
 from lib_async_lowvram.core.ring import Ring
-from lib_async_lowvram.core.states import UnitState
+from lib_async_lowvram.core.states import HOST, IN_USE, ONLOADING, READY, WRITE_BACK
 from lib_async_lowvram.device.arena import Arena
 from lib_async_lowvram.device.streams import Event, Stream, Streams
 from lib_async_lowvram.device.weights import Unit
@@ -33,6 +33,9 @@ class Slots:
         self._transfers = transfers
         self._ring = Ring(plan.offsets, {unit: units[unit].nbytes for unit in plan.offsets}, plan.ring_bytes)
         self._own: dict[int, torch.Tensor] = {}  # blocks of units that have no place
+        self._views: dict[int, torch.Tensor] = {}  # the units' places, as tensors: slicing takes longer than all else here
+        self._hindered: Unit | None = None  # whose place was last found taken
+        self._hindrance: Unit | None = None  # by whom
 
     # -- looking -------------------------------------------------------------------------------------------------------
     def outgrown(self, unit: Unit) -> bool:
@@ -46,6 +49,13 @@ class Slots:
     def move(self, offsets: Mapping[int, int]) -> None:
         """Another plan's places in the same ring."""
         self._ring.move(offsets, {unit: self._units[unit].nbytes for unit in offsets})
+        self._views.clear()
+
+    def _view(self, index: int) -> torch.Tensor:
+        view = self._views.get(index)
+        if view is None:
+            view = self._views[index] = self._arena.slot(self._ring.offsets[index], self._ring.nbytes[index])
+        return view
 
     @property
     def standing(self) -> list[Unit]:
@@ -62,13 +72,19 @@ class Slots:
     # -- taking and giving ---------------------------------------------------------------------------------------------
     def free_unwanted(self, unit: Unit) -> bool:
         """Free `unit`'s place if nobody stands there, or only copies nobody is waiting for. Whether it is free."""
-        if self._ring.is_free(unit.index):
-            return True
-        standing = self._blockers(unit)
-        if any(other.pending or other.depth for other in standing):
+        index, live, units = unit.index, self._ring.live, self._units
+        # Asked again and again for the same unit: most times the one found there stands there still.
+        blocker = self._hindrance
+        if unit is self._hindered and blocker.index in live and (blocker.pending or blocker.depth):
             return False
+        standing = self._ring.blockers(index)
         for other in standing:
-            self.vacate(other, self._streams.current_stream())
+            blocker = units[other]
+            if blocker.pending or blocker.depth:
+                self._hindered, self._hindrance = unit, blocker
+                return False
+        for other in standing:
+            self.vacate(units[other], self._streams.current_stream())
         return True
 
     def evict(self, unit: Unit) -> bool:
@@ -81,21 +97,21 @@ class Slots:
     def vacate(self, unit: Unit, consumer: Stream) -> None:
         """Forget the device copy; its place may be overwritten after what has been enqueued so far."""
         streams = self._streams
-        if unit.state is UnitState.WRITE_BACK:
+        if unit.state is WRITE_BACK:
             fence, key = unit.written, "write-back"  # after the consumer's last use, too
-        elif unit.state is UnitState.ONLOADING:
+        elif unit.state is ONLOADING:
             fence, key = unit.copied, "onload"
-            unit.to(UnitState.HOST)
+            unit.to(HOST)
         else:
             fence, key = streams.record(consumer), consumer
             if unit.written is not None:
                 # Kept after a change: the write-back that still reads the slot must be over as well.
                 streams.wait(streams.offload_stream, fence)
                 fence, key = streams.record(streams.offload_stream), "write-back"
-            if unit.state is not UnitState.HOST:
-                if unit.state is UnitState.IN_USE:
-                    unit.to(UnitState.READY)
-                unit.to(UnitState.HOST)
+            if unit.state is not HOST:
+                if unit.state is IN_USE:
+                    unit.to(READY)
+                unit.to(HOST)
         unit.pending = 0
         own = self._own.pop(unit.index, None)
         if own is not None:
@@ -103,20 +119,20 @@ class Slots:
             streams.free(own, (fence,))
             return
         ring = self._ring
-        vacant = streams.discard(self._arena.slot(ring.offsets[unit.index], ring.nbytes[unit.index]), fence)
+        vacant = streams.discard(self._view(unit.index), fence)
         ring.vacate(unit.index, key if vacant is fence else ("discard", unit.index), vacant)
 
     def onload(self, unit: Unit, in_ring: bool = True) -> None:
         """Take `unit`'s place, free by now, or a block of its own, and enqueue its copy."""
-        if unit.state is UnitState.WRITE_BACK:
-            unit.to(UnitState.HOST)  # for the copy stream, which waits below; the host has not waited
+        if unit.state is WRITE_BACK:
+            unit.to(HOST)  # for the copy stream, which waits below; the host has not waited
         streams, ring = self._streams, self._ring
         if not in_ring:
             memory = self._own[unit.index] = streams.allocate(unit.nbytes)
         else:
-            for fence in ring.occupy(unit.index):
+            for fence in ring.occupy_free(unit.index):
                 streams.wait(streams.onload_stream, fence)
-            memory = self._arena.slot(ring.offsets[unit.index], unit.nbytes)
+            memory = self._view(unit.index)
         unit.bind(memory)
         self._transfers.onload(unit)
 

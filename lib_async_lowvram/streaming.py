@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from lib_async_lowvram.changeover import Changeover
-from lib_async_lowvram.core.states import UnitState
+from lib_async_lowvram.core.states import HOST, IN_USE, ONLOADING, READY, WRITE_BACK
 from lib_async_lowvram.device.arena import Arena
 from lib_async_lowvram.device.loose import LooseTensors
 from lib_async_lowvram.device.streams import Event
-from lib_async_lowvram.device.weights import Change, Unit
+from lib_async_lowvram.device.weights import LAYOUT, NONE, VALUES, Unit
 from lib_async_lowvram.leaf_clock import LeafClock
 from lib_async_lowvram.residents import Residents
 from lib_async_lowvram.slots import Slots
@@ -42,6 +42,7 @@ class Streaming:
 
     def __init__(self, network: Network) -> None:
         self._network = network
+        self._context = network.context
         self._streams = network.context.streams
         self._counters = network.counters
         self._order = network.order
@@ -51,6 +52,7 @@ class Streaming:
         waited_for = {unit: units[unit].nbytes for unit in sorted(plan.resident) if units[unit] not in network.kept}
         self.arena = Arena(self._streams, plan.ring_bytes, waited_for)
         self._issued = 0  # occurrences after the order's position whose onload is issued
+        self._blocked = False  # the next onload's place was taken when last looked, and nobody has left since
         self._in_use: dict[int, Unit] = {}
         self._started: dict[int, float] = {}  # for the trace only
         self._written_back: Event | None = None  # the newest of this pass
@@ -106,7 +108,7 @@ class Streaming:
         if unit.pending:
             unit.pending -= 1
         stale = self._check_master(unit)
-        if unit.state is UnitState.HOST or unit.state is UnitState.WRITE_BACK:
+        if unit.state is HOST or unit.state is WRITE_BACK:
             counters.misses += 1
             in_ring = self._slots.fits(unit)
             if in_ring and self._slots.evict(unit):
@@ -119,34 +121,36 @@ class Streaming:
             counters.hits += 1
         self._transfers.wait_and_publish(unit)
         self._consumer = self._streams.current_stream()
-        unit.to(UnitState.IN_USE)
+        unit.to(IN_USE)
         unit.depth = 1
         self._in_use[unit.index] = unit
-        self.issue_ahead()
-        if self._network.context.trace is not None:
+        if not self._blocked:
+            self.issue_ahead()
+        if self._context.trace is not None:
             self._started[unit.index] = time.perf_counter()
 
     def _check_master(self, unit: Unit) -> bool:
         """Look for changes made while the parameters pointed at the master. True when a copy already made is stale."""
         change = unit.host_change()
-        if change is Change.NONE and not unit.dirty:
+        if change is NONE and not unit.dirty:
             return False
-        if change is Change.LAYOUT:
+        if change is LAYOUT:
             self._settle(unit)
-            if unit.state is UnitState.ONLOADING or unit.state is UnitState.READY:
+            if unit.state is ONLOADING or unit.state is READY:
                 self._slots.vacate(unit, self._streams.current_stream())
+                self._blocked = False
             self._contents.adopt(unit)
             return False
-        if unit.state is UnitState.WRITE_BACK:
+        if unit.state is WRITE_BACK:
             self._settle(unit)
         unit.accept_versions()
-        return unit.state is not UnitState.HOST
+        return unit.state is not HOST
 
     def _settle(self, unit: Unit) -> None:
         """Wait on the host for a write-back: the master is about to be read or replaced by the host."""
-        if unit.state is UnitState.WRITE_BACK:
+        if unit.state is WRITE_BACK:
             self._streams.synchronize(unit.written)
-            unit.to(UnitState.HOST)
+            unit.to(HOST)
 
     # -- release -------------------------------------------------------------------------------------------------------
     def release(self, unit: Unit) -> None:
@@ -162,25 +166,26 @@ class Streaming:
     def _finish(self, unit: Unit) -> None:
         unit.depth = 0
         del self._in_use[unit.index]
-        started = self._started.pop(unit.index, None)
-        if started is not None and self._network.context.trace is not None:
-            self._network.context.trace.add("compute", unit.name, started, time.perf_counter())
+        if self._started:
+            started = self._started.pop(unit.index, None)
+            if started is not None and self._context.trace is not None:
+                self._context.trace.add("compute", unit.name, started, time.perf_counter())
         consumer = self._streams.current_stream()
         change = unit.device_change()
-        if change is Change.LAYOUT:
-            unit.to(UnitState.WRITE_BACK)
+        if change is LAYOUT:
+            unit.to(WRITE_BACK)
             self._contents.adopt(unit)
-            unit.to(UnitState.HOST)
+            unit.to(HOST)
             self._slots.vacate(unit, consumer)
             return
-        if change is Change.VALUES:
+        if change is VALUES:
             self._transfers.write_back(unit, consumer)
             self._written_back = unit.written
         unit.unpublish()
         unit.dirty = False
         if unit.pending:
-            if unit.state is not UnitState.READY:
-                unit.to(UnitState.READY)  # the copy kept here is the newer one
+            if unit.state is not READY:
+                unit.to(READY)  # the copy kept here is the newer one
         else:
             self._slots.vacate(unit, consumer)
             self._changeover.released(unit)
@@ -188,36 +193,40 @@ class Streaming:
     # -- onloads -------------------------------------------------------------------------------------------------------
     def issue_ahead(self) -> None:
         """Enqueue as many further onloads as there is room for, in execution order."""
-        order, units, slots = self._order, self._units, self._slots
-        count = len(order)
+        units, slots, residents = self._units, self._slots, self._residents
+        sequence, awaited, unseen = self._order.sequence, self._changeover.grown, self._unseen
+        self._blocked = False
+        count, position = len(sequence), self._order.position + 1
         while self._issued < count:
-            unit = units[order.ahead(self._issued + 1)]
-            if self._residents.expected:
-                self._residents.onload_before(unit)
-            if unit.state is UnitState.HOST or unit.state is UnitState.WRITE_BACK:
-                if slots.outgrown(unit) or self._changeover.awaits(unit):
+            unit = units[sequence[(position + self._issued) % count]]
+            if residents.expected:
+                residents.onload_before(unit)
+            if unit.state is HOST or unit.state is WRITE_BACK:
+                if slots.outgrown(unit) or unit.index in awaited:
                     self._issued += 1
                     continue
                 if not slots.free_unwanted(unit):
+                    self._blocked = True
                     return
-                self._first_look(unit)
+                if unit.index in unseen:
+                    self._first_look(unit)
                 slots.onload(unit)
             unit.pending += 1
             self._issued += 1
-        while self._residents.expected:
-            self._residents.onload_next()
+        while residents.expected:
+            residents.onload_next()
 
     def _first_look(self, unit: Unit) -> None:
         """Values written while the network was left (a checkpoint loaded in place writes them all) are this onload's source, and
         no reason to fetch again. Other tensors put there are adopted when the unit is acquired."""
-        if unit.index in self._unseen:
-            self._unseen.discard(unit.index)
-            if unit.state is UnitState.HOST and unit.host_change() is not Change.LAYOUT:
-                unit.accept_versions()
+        self._unseen.discard(unit.index)
+        if unit.state is HOST and unit.host_change() is not LAYOUT:
+            unit.accept_versions()
 
     def resynchronise(self) -> None:
         """The order jumped: what is on the device stays, but nothing counts as issued any more."""
         self._issued = 0
+        self._blocked = False
         for unit in self._slots.standing:
             unit.pending = 0
 
@@ -296,12 +305,12 @@ class Streaming:
     def _units_back(self) -> None:
         """Every unit points at its master. Nothing is in flight."""
         for unit in self._units:
-            if unit.state is UnitState.HOST and unit.memory is None:
+            if unit.state is HOST and unit.memory is None:
                 continue
-            if unit.resident and unit.state in (UnitState.READY, UnitState.WRITE_BACK):
+            if unit.resident and unit.state in (READY, WRITE_BACK):
                 unit.unpublish()
-            if unit.state is not UnitState.HOST:
-                unit.to(UnitState.HOST)
+            if unit.state is not HOST:
+                unit.to(HOST)
             unit.unbind()
             unit.pending = unit.depth = 0
             unit.copied = unit.written = None

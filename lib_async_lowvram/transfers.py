@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 
 from lib_async_lowvram.context import Context
-from lib_async_lowvram.core.states import UnitState
+from lib_async_lowvram.core.states import ONLOADING, READY, WRITE_BACK
 from lib_async_lowvram.core.stats import Counters
 from lib_async_lowvram.device.streams import Stream
 from lib_async_lowvram.device.weights import Unit
@@ -29,7 +29,7 @@ class Transfers:
         """Enqueue the copy of the master into the memory the unit is bound to, behind a write-back still under way, and
         behind what `behind` has been given so far, if that may still read the memory."""
         streams = self._streams
-        unit.to(UnitState.ONLOADING)
+        unit.to(ONLOADING)
         if behind is not None:
             streams.wait(streams.onload_stream, streams.record(behind))
         if unit.written is not None:
@@ -37,7 +37,8 @@ class Transfers:
             unit.written = None
         timed = self.clock is not None and self.clock.copies(unit.nbytes)
         start = streams.record(streams.onload_stream, timing=True) if timed else None
-        streams.copy(unit.memory[: unit.nbytes], unit.master, streams.onload_stream)
+        memory = unit.memory
+        streams.copy(memory if memory.numel() == unit.nbytes else memory[: unit.nbytes], unit.master, streams.onload_stream)
         unit.copied = streams.record(streams.onload_stream, timing=timed)
         if timed:
             self.clock.copied(unit.nbytes, start, unit.copied)
@@ -59,14 +60,14 @@ class Transfers:
             streams.wait(consumer, unit.written)  # changed before and kept: it may be changed again, under that write-back
         if clock is not None:
             clock.after_wait(unit.index)
-        if unit.state is UnitState.ONLOADING:
-            unit.to(UnitState.READY)
+        if unit.state is ONLOADING:
+            unit.to(READY)
         unit.publish()
 
     def write_back(self, unit: Unit, consumer: Stream) -> None:
         """Enqueue the copy of a changed unit to its master, after what `consumer` has been given so far (I5)."""
         streams = self._streams
-        unit.to(UnitState.WRITE_BACK)
+        unit.to(WRITE_BACK)
         changed = streams.record(consumer)
         streams.wait(streams.offload_stream, changed)
         streams.copy(unit.master, unit.memory[: unit.nbytes], streams.offload_stream)

@@ -60,7 +60,10 @@ def _span_after(module: nn.Module, args: tuple, output: Any) -> None:
 
 
 def _unit_before(module: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
-    return _before(_UNITS, module, args, kwargs)
+    actor = _UNITS.get(module)
+    if actor is None or kwargs is None:
+        return _before(_UNITS, module, args, kwargs)
+    return actor.before(module, args, kwargs)
 
 
 def _unit_after(module: nn.Module, args: tuple, output: Any) -> None:

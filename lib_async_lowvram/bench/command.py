@@ -24,13 +24,14 @@ from lib_async_lowvram.bench.options import (
 )
 
 NEEDS = ("torch", "numpy", "safetensors", "tqdm")
-WORKLOADS = ("unet", "loading", "patching")
+WORKLOADS = ("unet", "loading", "patching", "overhead")
 
 _COMMON = ("device", "seed", "json")
 _TAKEN = {
     "unet": (*_COMMON, "rounds", "model", "contenders", "budget", "passes", "batch", "link_factor", "seconds", "markdown", "png"),
     "loading": (*_COMMON, "rounds", "seconds", "markdown"),
     "patching": (*_COMMON, "rounds"),
+    "overhead": ("json", "passes", "rounds"),
     "--suite": ("device", "seed", "json_dir", "seconds"),
     "--from": ("markdown", "png"),
 }
@@ -46,7 +47,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="measurements: the mover beside stock's moves and other offloaders; unloading and loading; what a change of LoRA costs",
         description="Workload unet (the default): passes of a UNet of SD1.5's or SDXL's shape under each contender and budget, in "
         "turn, every output compared bit for bit. loading: unloading and loading all of SDXL's components. patching: the first "
-        "passes after a LoRA is used, changed and removed. docs/benchmarks.md tells the method.",
+        "passes after a LoRA is used, changed and removed. overhead: what the host spends in hooks per pass. "
+        "docs/benchmarks.md tells the method.",
     )
     several = {"action": "append", "metavar": "A,B"}
     bench.add_argument("workload", nargs="?", choices=WORKLOADS, help="default: unet")
@@ -87,7 +89,7 @@ def needs(options: argparse.Namespace) -> tuple[str, ...]:
 def _run(options: argparse.Namespace) -> int:
     try:
         kind = _kind(options)
-        run = {"--from": _from, "--suite": _suite, "patching": _patching}.get(kind, _bench)
+        run = {"--from": _from, "--suite": _suite, "patching": _patching, "overhead": _overhead}.get(kind, _bench)
         return run(options, kind)
     except BenchError as error:
         return _failed(str(error))
@@ -173,6 +175,13 @@ def _patching(options: argparse.Namespace, kind: str) -> int:
         return _verdict(run_patching(settings)["bitwise_equal"])
     except UnsupportedDevice as error:
         return _failed(str(error))
+
+
+def _overhead(options: argparse.Namespace, kind: str) -> int:
+    from lib_async_lowvram.bench.overhead import OverheadSettings, run_overhead
+
+    run_overhead(OverheadSettings(passes=options.passes or 50, rounds=options.rounds or 5, json=options.json))
+    return 0
 
 
 def _seconds(options: argparse.Namespace) -> float | None:

@@ -1,7 +1,7 @@
 """`bench overhead`: what the host spends per pass in hooks, order, ring and bookkeeping.
 
 Problem: on a fast GPU the time that Python takes to say what to do may be longer than doing it. This is measured apart from
-everything else: as many leaves as SD1.5's UNet has (391), of its sizes divided by `SHRINK`, whose forward returns its argument, run
+everything else: as many leaves as SD1.5's UNet has (391), of the shapes of a narrower one, whose forward returns its argument, run
 under the mover on a device that does nothing (`null_streams`), and run bare. The difference of the medians is ours, torch's
 calling of hooks included.
 
@@ -10,7 +10,9 @@ Called by `command` on the main thread.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -64,6 +66,7 @@ class OverheadSettings:
     passes: int = 50
     rounds: int = 5
     channels: int = 32
+    json: Path | None = None
 
 
 def run_overhead(settings: OverheadSettings) -> dict[str, Any]:
@@ -100,13 +103,16 @@ def run_overhead(settings: OverheadSettings) -> dict[str, Any]:
         "schema": SCHEMA,
         "workload": "overhead",
         "torch": torch.__version__,
-        "settings": asdict(settings),
+        "passes": settings.passes * settings.rounds,
+        "channels": settings.channels,
         "units": len(bare.leaves),
         "streamed_units": streamed,
         "seconds_per_pass": seconds,
         "overhead_seconds": {name: value - seconds["bare"] for name, value in seconds.items()},
     }
     print(describe(result))
+    if settings.json is not None:
+        settings.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 

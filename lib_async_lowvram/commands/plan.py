@@ -7,7 +7,7 @@ printed as one.
 
 `--check` measures instead: a small UNet on the simulated device, predicted as above from its own checkpoint's header, and run.
 
-Called by `__main__`. Imports no torch but for `--check`.
+`--marks` judges the planner itself. Called by `__main__`. Imports no torch but for these two.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="instead of a checkpoint: predict a small UNet on the simulated device, run it there, and compare (a minute or two)",
     )
+    source.add_argument(
+        "--marks",
+        action="store_true",
+        help="instead of a checkpoint: the planner on SD1.5's and SDXL's exact shapes, beside simple rules and the best schedules known",
+    )
     parser.add_argument(
         "--budget",
         type=budgets,
@@ -77,7 +82,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--latent", type=at_least_one, default=32, metavar="L", help="with --check: side of its picture (default: 32)")
     parser.add_argument("--passes", type=at_least_one, default=9, metavar="N", help="with --check: passes to measure (default: 9)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    parser.set_defaults(run=run, needs=lambda options: CHECK_NEEDS if options.check else (), what="plan --check")  # alone it needs nothing
+    parser.set_defaults(run=run, needs=needs, what="this part of plan")
+
+
+def needs(options: argparse.Namespace) -> tuple[str, ...]:
+    """Packages; alone it needs none."""
+    return CHECK_NEEDS if options.check else ("torch",) if options.marks else ()
 
 
 def budgets(text: str) -> list[tuple[float, bool]]:
@@ -107,6 +117,14 @@ def run(options: argparse.Namespace) -> None:
         from lib_async_lowvram.commands.plan_check import run_check
 
         run_check(options)
+        return
+    if options.marks:
+        from lib_async_lowvram.commands.plan_marks import describe, rows
+
+        found = list(rows())
+        print(describe(found))
+        if options.json is not None:
+            write_json(options.json, {"schema": SCHEMA, "marks": found})
         return
     from lib_async_lowvram.commands.plan_figures import (
         describe_unet,

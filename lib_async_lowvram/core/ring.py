@@ -15,6 +15,7 @@ Offsets and sizes in bytes. Fences are opaque. Caller: `network`, under the move
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -26,9 +27,12 @@ class Ring:
         self.offsets = dict(offsets)
         self.nbytes = {unit: nbytes[unit] for unit in offsets}
         self.ring_bytes = ring_bytes
-        self.live: set[int] = set()
+        self.live: dict[int, tuple[int, int]] = {}  # unit -> where it stands
         self.live_bytes = 0
-        self._ends = {unit: offset + self.nbytes[unit] for unit, offset in self.offsets.items()}
+        # The same in address order: no two of them overlap. Without those that are empty.
+        self._starts: list[int] = []
+        self._standing: list[int] = []
+        self._spans = {unit: (offset, offset + self.nbytes[unit]) for unit, offset in self.offsets.items()}
         # Who left, and the fence not yet waited for: (start, end, serial, stream key, event). A few entries, as many as fit
         # the slab: looking through them is cheaper than knowing all overlaps.
         self._left: list[tuple[int, int, int, Hashable, Any]] = []
@@ -38,20 +42,25 @@ class Ring:
         """Other places from now on, for units that had none, too; those that are live keep the one they are in."""
         for unit, offset in offsets.items():
             if unit not in self.live:
-                self.offsets[unit], self.nbytes[unit], self._ends[unit] = offset, nbytes[unit], offset + nbytes[unit]
+                self.offsets[unit], self.nbytes[unit] = offset, nbytes[unit]
+                self._spans[unit] = (offset, offset + nbytes[unit])
 
     def blockers(self, unit: int) -> list[int]:
         """The live units that stand where `unit` goes."""
-        start, end = self.offsets[unit], self._ends[unit]
-        return [other for other in self.live if self.offsets[other] < end and start < self._ends[other] and other != unit]
+        start, end = self._spans[unit]
+        starts, standing = self._starts, self._standing
+        if start == end or not starts:
+            return []
+        first = bisect_right(starts, start)
+        after = bisect_left(starts, end, first)
+        if first and self.live[standing[first - 1]][1] > start:
+            first -= 1
+        found = standing[first:after]
+        return [other for other in found if other != unit] if unit in self.live else found
 
     def is_free(self, unit: int) -> bool:
         """Whether `unit` could be placed now."""
-        start, end, offsets, ends = self.offsets[unit], self._ends[unit], self.offsets, self._ends
-        for other in self.live:
-            if offsets[other] < end and start < ends[other] and other != unit:
-                return False
-        return True
+        return not self.blockers(unit)
 
     def occupy(self, unit: int) -> list[Any]:
         """Make `unit` live. Returns the fences its onload must wait for, at most one per consumer stream; they count as waited
@@ -59,18 +68,29 @@ class Ring:
 
         Raises `ValueError` when it is live already or a live unit stands there.
         """
-        if unit in self.live or not self.is_free(unit):
+        if unit in self.live or self.blockers(unit):
             raise ValueError(f"unit {unit} cannot be placed: live {sorted(self.blockers(unit))}")
-        self.live.add(unit)
-        self.live_bytes += self.nbytes[unit]
-        start, end = self.offsets[unit], self._ends[unit]
-        latest: dict[Hashable, tuple[int, Any]] = {}
+        return self.occupy_free(unit)
+
+    def occupy_free(self, unit: int) -> list[Any]:
+        """The same for a place that was found free just now."""
+        start, end = self.live[unit] = self._spans[unit]
+        if start != end:
+            self.live_bytes += end - start
+            place = bisect_right(self._starts, start)
+            self._starts.insert(place, start)
+            self._standing.insert(place, unit)
+        latest: dict[Hashable, tuple[int, Any]] | None = None
         for low, high, serial, key, event in self._left:
-            if low < end and start < high and serial > latest.get(key, (0, None))[0]:
-                latest[key] = (serial, event)
-        if latest:
-            # Older fences of the same stream lie before the one waited for.
-            self._left = [left for left in self._left if left[2] > latest.get(left[3], (0, None))[0]]
+            if low < end and start < high:
+                if latest is None:
+                    latest = {key: (serial, event)}
+                elif serial > latest.get(key, (0, None))[0]:
+                    latest[key] = (serial, event)
+        if latest is None:
+            return []
+        # Older fences of the same stream lie before the one waited for.
+        self._left = [left for left in self._left if left[3] not in latest or left[2] > latest[left[3]][0]]
         return [event for _, event in latest.values()]
 
     def vacate(self, unit: int, stream_key: Hashable, fence: Any) -> None:
@@ -78,10 +98,13 @@ class Ring:
 
         Fences of one stream key must be handed in the order in which they were recorded.
         """
-        self.live.remove(unit)
-        self.live_bytes -= self.nbytes[unit]
+        start, end = self.live.pop(unit)
+        if start != end:
+            self.live_bytes -= end - start
+            place = bisect_left(self._starts, start)
+            del self._starts[place], self._standing[place]
         self._serial += 1
-        self._left.append((self.offsets[unit], self._ends[unit], self._serial, stream_key, fence))
+        self._left.append((start, end, self._serial, stream_key, fence))
 
     def fences(self) -> list[Any]:
         """What must have passed, beside what the copy stream was told to wait for, before the whole slab may be given back:

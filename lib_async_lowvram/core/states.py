@@ -26,8 +26,11 @@ class UnitState(Enum):
     __hash__ = object.__hash__
 
 
+HOST, ONLOADING, READY, IN_USE, WRITE_BACK = UnitState
+"""The same, for code that runs at every use of every unit: an attribute of an `Enum` takes as long to read as a small function call."""
+
 _S = UnitState
-_LEGAL: dict[UnitState, frozenset[UnitState]] = {
+LEGAL: dict[UnitState, frozenset[UnitState]] = {
     _S.HOST: frozenset({_S.ONLOADING}),
     _S.ONLOADING: frozenset(
         {
@@ -60,6 +63,6 @@ class IllegalTransition(RuntimeError):
 
 def transition(current: UnitState, new: UnitState) -> UnitState:
     """`new`, if the edge exists; raises `IllegalTransition` otherwise."""
-    if new not in _LEGAL[current]:
+    if new not in LEGAL[current]:
         raise IllegalTransition(f"{current.value} -> {new.value}")
     return new

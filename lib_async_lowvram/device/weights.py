@@ -26,7 +26,7 @@ from enum import Enum
 import torch
 from torch import nn
 
-from lib_async_lowvram.core.states import UnitState, transition
+from lib_async_lowvram.core.states import LEGAL, UnitState, transition
 from lib_async_lowvram.device.dense import byte_range, packable
 from lib_async_lowvram.device.host_memory import HostMemory
 from lib_async_lowvram.device.streams import Event, align
@@ -38,6 +38,9 @@ class Change(Enum):
     NONE = 0
     VALUES = 1  # same tensors, written in place
     LAYOUT = 2  # other tensors, dtypes, shapes, or another number of them
+
+
+NONE, VALUES, LAYOUT = Change
 
 
 def view_bytes(memory: torch.Tensor, offset: int, like: Entry) -> torch.Tensor:
@@ -121,7 +124,7 @@ class Unit:
         self._share = share
         self.master: torch.Tensor | None = None
         self.entries: tuple[tuple[Entry, ...], ...] = ()
-        self._counts: tuple[int, ...] = ()
+        self._absent: tuple[tuple[int, tuple[str, ...]], ...] = ()
         self.pack()
 
     def __repr__(self) -> str:
@@ -129,7 +132,9 @@ class Unit:
 
     def to(self, state: UnitState) -> None:
         """Change state; raises `IllegalTransition` on an edge that does not exist."""
-        self.state = transition(self.state, state)
+        if state not in LEGAL[self.state]:
+            transition(self.state, state)
+        self.state = state
 
     @property
     def alive(self) -> bool:
@@ -146,7 +151,7 @@ class Unit:
         with torch.inference_mode(False):
             places: dict[tuple, int] = {}
             entries: list[tuple[Entry, ...]] = []
-            counts: list[int] = []
+            absent: list[tuple[int, tuple[str, ...]]] = []
             sources: list[tuple[Entry, nn.Parameter]] = []
             size = 0
             for ref in self.members:
@@ -166,7 +171,7 @@ class Unit:
                     mine.append(entry)
                     sources.append((entry, parameter))
                 entries.append(tuple(mine))
-                counts.append(sum(parameter is not None for parameter in held.values()))
+                absent.append((len(held), tuple(name for name, parameter in held.items() if parameter is None)))
             packed = self._packed(sources, size)
             master = self._host.allocate(size) if packed is None else packed
             for entry, parameter in sources:
@@ -179,7 +184,7 @@ class Unit:
             self.master = master
             self.nbytes = size
             self.entries = tuple(entries)
-            self._counts = tuple(counts)
+            self._absent = tuple(absent)
             self.unbind()
             self.dirty = False
 
@@ -253,23 +258,36 @@ class Unit:
     def device_change(self) -> Change:
         """What differs from what `publish` set, looking at parameters that should point at the device memory."""
         found = self._change(True)
-        return Change.VALUES if (self.dirty or self.suspect) and found is Change.NONE else found
+        return VALUES if (self.dirty or self.suspect) and found is NONE else found
 
     def _change(self, on_device: bool) -> Change:
-        change = Change.NONE
-        for ref, mine, count in zip(self.members, self.entries, self._counts, strict=False):
+        change = NONE
+        for ref, mine, (count, absent) in zip(self.members, self.entries, self._absent):  # noqa: B905 - twice per use of each unit
             module = ref()
             if module is None:
                 continue
             held = module._parameters
-            if len(held) != count and sum(parameter is not None for parameter in held.values()) != count:
-                return Change.LAYOUT
+            if len(held) != count:
+                if sum(parameter is not None for parameter in held.values()) != count - len(absent):
+                    return LAYOUT
+            else:
+                for name in absent:
+                    if held.get(name, held) is not None:
+                        return LAYOUT
             for entry in mine:
                 parameter = held.get(entry.name)
-                if parameter is None or not entry.looks_like(parameter, entry.device_ptr if on_device else entry.master_ptr):
-                    return Change.LAYOUT
+                # `Entry.looks_like`, without the call.
+                if (
+                    parameter is None
+                    or entry.seen() is not parameter
+                    or parameter.data_ptr() != (entry.device_ptr if on_device else entry.master_ptr)
+                    or parameter.dtype is not entry.dtype
+                    or parameter.shape != entry.shape
+                    or parameter.stride() != entry.stride
+                ):
+                    return LAYOUT
                 if parameter._version != entry.version:
-                    change = Change.VALUES
+                    change = VALUES
         return change
 
     def accept_versions(self) -> None:
