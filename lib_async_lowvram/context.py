@@ -7,8 +7,10 @@ drains) for as long as they need; whoever comes from another thread therefore ac
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from lib_async_lowvram.activations import Activations, Key
 from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.core.stats import Counters, Trace
 from lib_async_lowvram.device.address_ranges import HostRanges
@@ -57,7 +59,9 @@ class Context:
     Attributes:
         checker, host_ranges: the placement judge and what it guards; None unless the config asks for it.
         shares_masters: another mover's masters are used where modules lie over them.
-        measured: what passes on this device have shown.
+        measured, activations: what passes on this device have shown: times, and memory beside the weights.
+        keep_free: (network, shapes of the arguments, bytes free without any weights) -> bytes that the automatic budget leaves
+            free, for hosts whose results depend on that.
         trace: where spans of computing and stalls go; None = nowhere.
         gone: what networks had counted that are attached no longer (models that were thrown away).
     """
@@ -71,17 +75,29 @@ class Context:
     shares_masters: bool = False
     gone: Counters = field(default_factory=Counters)
     measured: Measured = field(default_factory=Measured)
+    activations: Activations = field(default_factory=Activations)
+    keep_free: Callable[[str, tuple | None, int], int] | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
     peaks: Peaks = field(init=False)
 
     def __post_init__(self) -> None:
         self.peaks = Peaks(self.streams)
 
-    def budget(self) -> int:
-        """Weight bytes allowed on the device now. Automatic: what is free (or ours already), less the activation peak seen
-        so far, less the reserve."""
+    def note_activations(self, key: Key) -> None:
+        """A pass of this kind is over."""
+        if not self.activations.knows(key):
+            self.activations.passed(key, self.streams.activation_growth())
+
+    def budget(self, key: Key = ("", None)) -> int:
+        """Weight bytes allowed on the device now, for passes of this kind. Automatic: what is free (or ours already), less what
+        such passes need beside the weights, less the reserve (half of it where that need is known, not guessed); and never so
+        much that less than `keep_free` bytes stay free."""
         config, streams = self.config, self.streams
         if config.budget_bytes:
             return max(0, config.budget_bytes - config.preview_bytes)
-        room = streams.free_memory() + streams.allocated_bytes - streams.activation_growth() - config.reserve_bytes
-        return max(0, (room - config.preview_bytes) // STEP * STEP)
+        room = streams.free_memory() + streams.allocated_bytes - config.preview_bytes
+        reserve = config.reserve_bytes // 2 if self.activations.knows(key) else config.reserve_bytes
+        budget = room - self.activations.expected(key, streams.activation_growth()) - reserve
+        if self.keep_free is not None:
+            budget = min(budget, room - self.keep_free(*key, room))
+        return max(0, budget // STEP * STEP)

@@ -190,6 +190,7 @@ class Network:
             observed = regions.close(keep=complete and not leaving and not self.context.config.always_write_back)
             if observed is not None:
                 self.counters.learning_passes += 1
+                self.context.note_activations(self.planning.key)
                 if complete and observed.firings:
                     self._learn(observed, leaving)
                 else:
@@ -217,7 +218,7 @@ class Network:
         self.hooks.observe(False)
         self.hooks.units_on()
         if not leaving:
-            self._make_plan(self.context.budget())
+            self._make_plan(self.context.budget(self.planning.key))
 
     # -- device memory -------------------------------------------------------------------------------------------------
     def _enter(self) -> None:
@@ -225,7 +226,7 @@ class Network:
         if self._streaming is not None:
             return
         self._clear_standing()
-        self._make_plan(self.context.budget())
+        self._make_plan(self.context.budget(self.planning.key))
         try:
             self._streaming = Streaming(self)
         except torch.cuda.OutOfMemoryError as error:

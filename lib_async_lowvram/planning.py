@@ -70,6 +70,11 @@ class Planning:
         """Streamed units fire in another order now."""
         self.learned = self.learned.reordered(streamed, self.plan.resident)
 
+    @property
+    def key(self) -> tuple[str, Hashable]:
+        """Of the passes that are planned for, as `Activations` knows them."""
+        return self._name.partition("#")[0], self._shape
+
     # -- which passes --------------------------------------------------------------------------------------------------
     def began(self, shape: Hashable, entering: bool) -> None:
         """A pass begins whose arguments have this shape (None: not known). `entering`: the network takes the device now."""

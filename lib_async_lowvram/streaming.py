@@ -259,7 +259,7 @@ class Streaming:
         changed = self._changeover.next_pass()
         if self._timed and not changed and not self._residents.expected:
             before = network.plan.budget_bytes
-            plan = network.planning.better(self._units, network.context.budget(), network.context.config)
+            plan = network.planning.better(self._units, network.context.budget(network.planning.key), network.context.config)
             if plan is not None:
                 try:
                     self._changeover.to(plan)
@@ -281,6 +281,7 @@ class Streaming:
         clock, self._transfers.clock = self._transfers.clock, None
         if clock is not None and complete:
             clock.end()
+            self._context.note_activations(self._network.planning.key)
             if [unit for unit in clock.units if unit in self._order] == list(self._order.sequence):
                 self._network.planning.timed(clock)
             self._timed = True

@@ -24,7 +24,7 @@ def resident(mover: AsyncModelMover) -> set[int]:
 
 def change(mover: AsyncModelMover, leaves: int) -> None:
     """The budget of the network in use is another one now, as the automatic one may become between two passes."""
-    mover._context.budget = lambda: RING + leaves * LEAF_BYTES
+    mover._context.budget = lambda key: RING + leaves * LEAF_BYTES
 
 
 DEVICES = {
