@@ -18,7 +18,7 @@ from lib_async_lowvram.region_pass import Observed
 COPY_OVERHEAD_SECONDS = 8e-6
 """Per copy, whatever its size: what enqueuing and starting a DMA copy takes on current hosts (shared/plan_reference)."""
 
-IN_STEP_SECONDS = 60e-6
+IN_STEP_SECONDS = 20e-6
 """Per acquire and release on a device that computes in step with the host: measured with the hooks as they are."""
 
 NOTEWORTHY = 0.05

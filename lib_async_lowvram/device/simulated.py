@@ -148,7 +148,9 @@ class SimulatedStreams(Streams):
     def wait(self, stream: Stream, event: Event) -> None:
         event = _simulated(event)
         if not isinstance(stream, ComputeStream):
-            self._engine(stream).submit(lambda engine: engine.inherit(event))
+            # What is reached already comes before anything submitted from here on.
+            if not event.reached or event.error is not None:
+                self._engine(stream).submit(lambda engine: engine.inherit(event))
             return
         if stream is not self.current_stream():
             raise ValueError(f"{stream!r} is another thread: only that one can make it wait")
