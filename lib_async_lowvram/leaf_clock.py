@@ -19,9 +19,10 @@ LARGE = 1 << 20
 
 
 class LeafClock:
-    """Measures one pass."""
+    """Measures one pass. `arriving`: the one in which residents arrive, which waits for more than later ones."""
 
-    def __init__(self, streams: Streams) -> None:
+    def __init__(self, streams: Streams, arriving: bool = False) -> None:
+        self.arriving = arriving
         self._streams = streams
         self._marks: list[tuple[int, Event, Event]] = []  # (unit, before its wait, after it)
         self._start: Event | None = None
@@ -51,6 +52,10 @@ class LeafClock:
     def copied(self, nbytes: int, start: Event, end: Event) -> None:
         """Timing events of the copy stream around one copy."""
         self._copies.append((nbytes, start, end))
+
+    def read_waits(self) -> float:
+        """Seconds that computing waited for copies, once `read` gave figures."""
+        return sum(max(0.0, self._streams.elapsed(before, after)) for _, before, after in self._marks)
 
     def read_copies(self) -> tuple[int, float]:
         """(bytes, seconds) of all copies that are done."""

@@ -209,6 +209,8 @@ class AsyncModelMover:
     def _pass_ended(self) -> None:
         for action in self._take_deferred():
             action()
+        if self._current is not None and self._current.planning.verdict:
+            self.demote(self._current.planning.verdict)
 
     def _between_passes(self, action: Callable[[], None]) -> None:
         """Do it now, or when the pass that another thread is in the middle of ends."""
@@ -275,6 +277,15 @@ class AsyncModelMover:
                     for mine in unit.entries:
                         found.update({id(seen): entry.master for entry in mine if (seen := entry.seen()) is not None})
         return found
+
+    @property
+    def keep_free(self) -> Callable[[str, tuple | None, int], int] | None:
+        """See `Context.keep_free`."""
+        return self._context.keep_free
+
+    @keep_free.setter
+    def keep_free(self, keep_free: Callable[[str, tuple | None, int], int] | None) -> None:
+        self._context.keep_free = keep_free
 
     # -- looking -------------------------------------------------------------------------------------------------------
     @property

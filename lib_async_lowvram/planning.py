@@ -25,6 +25,9 @@ WORTHWHILE = 0.02
 """Share of a pass that another plan must be predicted to gain before a network in use changes over to it."""
 
 
+SLOW_PASSES = 3
+"""Sampled passes, each slower than stock's moves alone, after which the mover gives way."""
+
 LESS, MORE = 16, 8
 """Parts of a budget by which it must have shrunk or grown before a network in use takes notice: the automatic one follows what is
 free, which comes and goes."""
@@ -46,6 +49,9 @@ class Planning:
         self._shape: Hashable = None  # of the passes that are planned for
         self._once: Hashable = None  # another one, seen in the last pass
         self._sizes: tuple[int, ...] = ()
+        self._slow = 0  # sampled passes in a row that were slower than stock's moves
+        self.verdict = ""
+        """Why stock would be faster, once that is certain."""
         self._times_of: Hashable = None  # the shape whose times `learned` holds
         self.learned: Learned | None = None
         self.plan: Plan | None = None
@@ -111,6 +117,8 @@ class Planning:
                 unread.append((shape, clock))
                 continue
             self._measured.copied(*clock.read_copies())
+            if not clock.arriving:
+                self._judge(clock.read_waits())
             if self.learned is not None and shape == self._shape:
                 self.learned = self.learned.refined(*figures, known=self._times_of == shape)
                 self._times_of = shape
@@ -118,6 +126,16 @@ class Planning:
         self._clocks = unread
         if self.learned is not None:
             self.learned = self.learned.linked(self._measured.bandwidth)
+
+    def _judge(self, waited_seconds: float) -> None:
+        """A steady pass waited so long for copies. Stock would have waited for every weight, both ways."""
+        stock = 2 * sum(self._sizes) / (self._measured.bandwidth or self.learned.bandwidth)
+        self._slow = self._slow + 1 if waited_seconds > stock else 0
+        if self._slow == SLOW_PASSES:
+            self.verdict = (
+                f"{self._name}: {SLOW_PASSES} sampled passes in a row waited {waited_seconds * 1e3:.0f} ms for copies, where stock's moves "
+                f"would take {stock * 1e3:.0f} ms"
+            )
 
     # -- plans ---------------------------------------------------------------------------------------------------------
     def least_budget(self, units: Sequence[Unit]) -> int:

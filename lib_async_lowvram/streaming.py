@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from lib_async_lowvram.network import Network
 
 
+SAMPLED = 64
+"""One pass in so many carries timing events; the others carry none."""
+
+
 class Streaming:
     """See the module. Raises torch's out-of-memory error from the constructor with nothing held."""
 
@@ -56,6 +60,7 @@ class Streaming:
         self._in_use: dict[int, Unit] = {}
         self._started: dict[int, float] = {}  # for the trace only
         self._written_back: Event | None = None  # the newest of this pass
+        self._since_timed = 0  # passes
         self._timed = False  # whether a complete pass was timed since the network was entered
         self._unseen = {unit.index for unit in units if not unit.resident}  # not onloaded since the network was entered
         self._consumer = self._streams.current_stream()  # of the last acquire or publication
@@ -248,8 +253,10 @@ class Streaming:
         self._order.begin_pass()
         if not (at_end or fresh):
             self.resynchronise()
-        if not self._timed or self._network.planning.untimed:
-            self._transfers.clock = LeafClock(self._streams)
+        self._since_timed += 1
+        if not self._timed or self._network.planning.untimed or self._since_timed >= SAMPLED:
+            self._since_timed = 0
+            self._transfers.clock = LeafClock(self._streams, arriving=not self._timed)
             self._transfers.clock.start()
         self.issue_ahead()
 

@@ -26,6 +26,7 @@ from torch import nn
 from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.log import logger
 from lib_async_lowvram.webui import patching
+from lib_async_lowvram.webui.attention import SliceKeeper, advice
 from lib_async_lowvram.webui.device_claim import DeviceClaim
 from lib_async_lowvram.webui.host import Host
 from lib_async_lowvram.webui.lora import LoraBackups
@@ -82,6 +83,7 @@ class Integration:
         self._config = self.settings.config()
         mover = self._make_mover(self._config, self.host.mover_device)
         mover.on_demote = self._on_demote
+        mover.keep_free = SliceKeeper(self._host_shared, self._host_models)
         return mover
 
     # -- start and end ---------------------------------------------------------------------------------------------------
@@ -303,6 +305,7 @@ class Integration:
         status = dict(mover.status()) if mover is not None else {}
         status["device"] = self.host.device_name
         status["preview"] = self._previews.status()
+        status["advice"] = advice()
         if self._last_error and not status.get("last_error"):
             status["last_error"] = self._last_error
         if self._demoted:

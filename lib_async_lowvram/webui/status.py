@@ -43,6 +43,7 @@ EMPTY: dict[str, Any] = {
     "bound": None,
     "preview": {"decoded": 0, "skipped": 0, "decode_seconds": 0.0, "errors": 0},
     "last_error": None,
+    "advice": "",
     # Beyond DESIGN.md: what a test or a curious user holds the promises against.
     "networks": {},
     "learning_passes": 0,
