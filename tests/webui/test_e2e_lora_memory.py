@@ -25,6 +25,8 @@ from lora_pair import job, tag  # noqa: E402
 ONE = "e2e-one"
 MIB = 1 << 20
 SLACK = 32 * MIB
+OWN = 64 * MIB
+"""The extension's code, its tables, and the threads of a simulated device."""
 
 
 def held(server):
@@ -47,9 +49,9 @@ def test_host_memory(servers):
         (ours, trimmed), (stock, _) = (held(server) for server in servers.both())
         marks[moment] = (ours, stock, status["host_bytes"], status["pinned_bytes"])
     for moment, (ours, stock, masters, pinned) in marks.items():
-        assert not trimmed or ours <= stock + SLACK, moment
         sizes = zip(("ours", "stock", "masters", "pinned"), (ours, stock, masters, pinned), strict=True)
         print(f"{moment}: {', '.join(f'{name} {size / MIB:.1f} MB' for name, size in sizes)}")
+    assert not trimmed or all(ours <= stock + OWN for ours, stock, _, _ in marks.values())
     for moment in ("during", "again", "after"):
         ours, stock = (marks[moment][server] - marks["before"][server] for server in (0, 1))
         print(f"{moment}: grew by {ours / MIB:.1f} MB, stock by {stock / MIB:.1f} MB")
