@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lib_async_lowvram.activations import Activations
 from lib_async_lowvram.backups import Backups
 from lib_async_lowvram.claims import refuse_claimed
 from lib_async_lowvram.config import OffloadConfig
@@ -36,6 +37,7 @@ from lib_async_lowvram.device.host_memory import HostMemory
 from lib_async_lowvram.device.placement import PlacementChecker
 from lib_async_lowvram.device.streams import Streams
 from lib_async_lowvram.log import logger
+from lib_async_lowvram.measured import Measured
 from lib_async_lowvram.network import Network
 from lib_async_lowvram.network_spec import NetworkSpec
 from lib_async_lowvram.status import describe
@@ -277,6 +279,16 @@ class AsyncModelMover:
                     for mine in unit.entries:
                         found.update({id(seen): entry.master for entry in mine if (seen := entry.seen()) is not None})
         return found
+
+    @property
+    def known(self) -> tuple[Measured, Activations]:
+        """What passes on this device have shown; may be given to another mover on the same device."""
+        return self._context.measured, self._context.activations
+
+    @known.setter
+    def known(self, known: tuple[Measured, Activations]) -> None:
+        """Before anything is attached."""
+        self._context.measured, self._context.activations = known
 
     @property
     def keep_free(self) -> Callable[[str, tuple | None, int], int] | None:

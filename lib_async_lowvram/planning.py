@@ -10,6 +10,7 @@ Called by `network` and `streaming` under the mover's lock.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 
 from lib_async_lowvram.config import OffloadConfig
@@ -24,6 +25,9 @@ from lib_async_lowvram.measured import Measured
 WORTHWHILE = 0.02
 """Share of a pass that another plan must be predicted to gain before a network in use changes over to it."""
 
+
+PLANS = 6
+"""Kept with what they were made from: a picture with hires fix needs two, and the same two again for the next one."""
 
 SLOW_PASSES = 3
 """Sampled passes, each slower than stock's moves alone, after which the mover gives way."""
@@ -44,7 +48,8 @@ class Planning:
     def __init__(self, name: str, measured: Measured) -> None:
         self._name = name
         self._measured = measured
-        self._inputs: tuple | None = None
+        self._inputs: tuple | None = None  # of the present plan
+        self._plans: deque[tuple[tuple, Plan]] = deque(maxlen=PLANS)
         self._clocks: list[tuple[Hashable, LeafClock]] = []
         self._shape: Hashable = None  # of the passes that are planned for
         self._once: Hashable = None  # another one, seen in the last pass
@@ -62,6 +67,7 @@ class Planning:
     def forget(self) -> None:
         """The network is another one: learn anew."""
         self.learned = self.plan = self._inputs = None
+        self._plans.clear()
 
     def learn(self, learned: Learned, units: Sequence[Unit]) -> None:
         """A learning pass is over, of the shape last told."""
@@ -74,7 +80,8 @@ class Planning:
 
     def reorder(self, streamed: Sequence[int]) -> None:
         """Streamed units fire in another order now."""
-        self.learned = self.learned.reordered(streamed, self.plan.resident)
+        # Units that are to be residents may be streaming for a last time (`changeover`).
+        self.learned = self.learned.reordered(streamed, self.plan.resident.difference(streamed))
 
     @property
     def key(self) -> tuple[str, Hashable]:
@@ -147,11 +154,11 @@ class Planning:
         self._read_clocks()
         budget_bytes = self._at_most(budget_bytes)
         inputs = self._all_inputs(units, budget_bytes, config)
-        if self._inputs == inputs:
-            plan = self.plan
-        else:
+        plan = next((plan for known, plan in self._plans if known == inputs), None)
+        if plan is None:
             plan = self.learned.plan(units, budget_bytes, config.lookahead_bytes, config.small_leaf_bytes)
-            self._inputs = inputs
+            self._plans.append((inputs, plan))
+        self._inputs = inputs
         if self.plan is None or plan.notes != self.plan.notes:
             for note in plan.notes:
                 logger.info("%s: %s", self._name, note)

@@ -93,7 +93,9 @@ class Residents:
     def shed(self, unit: Unit) -> None:
         """An arrived resident streams from now on: its device copy is dropped behind what may still read it. After `sweep`."""
         after = [self._streams.record(self._streams.current_stream())]
-        if unit.written is not None:
+        if unit.state is UnitState.WRITE_BACK:
+            self._streams.synchronize(unit.written)  # changed just before: from here on its master may be read
+        elif unit.written is not None:
             after.append(unit.written)
         self._arrived.remove(unit)
         unit.unpublish()

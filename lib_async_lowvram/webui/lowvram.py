@@ -67,6 +67,7 @@ class Integration:
         self._enabled = self.settings.enabled()
         self._demoted: str | None = None
         self._last_error: str | None = None
+        self._known: Any = None
         self._in_job = False
         self._closing = False
         self._device = DeviceClaim(self._host_lowvram, self._drain)
@@ -84,6 +85,9 @@ class Integration:
         mover = self._make_mover(self._config, self.host.mover_device)
         mover.on_demote = self._on_demote
         mover.keep_free = SliceKeeper(self._host_shared, self._host_models)
+        if self._known is not None:
+            mover.known = self._known  # switched off and on again: nothing has to be measured anew
+        self._known = mover.known
         return mover
 
     # -- start and end ---------------------------------------------------------------------------------------------------

@@ -76,3 +76,37 @@ def test_the_links_bandwidth_is_the_median_of_passes_that_copied_enough() -> Non
     for seconds in (1.0, 4.0, 2.0):
         measured.copied(LEAST_BYTES, seconds)
     assert measured.bandwidth == pytest.approx(LEAST_BYTES / 2.0)
+
+
+def test_another_mover_may_be_given_what_is_known() -> None:
+    streams = simulated()
+    net, twin = pair()
+    first = attached(net, streams, RING, passes=4)
+    call(net, streams)
+    first.detach()
+    second = AsyncModelMover(first.config, streams)
+    second.known = first.known
+    second.attach({"net": twin})
+    call(twin, streams)
+    learned = second._networks["net"].learned
+    assert (learned.lead_seconds, learned.steps) == first.known[0].recall(((LEAF_BYTES,) * 6, ((1, 8),)))
+    second.detach()
+
+
+def test_two_sizes_in_turn_are_planned_once_each(monkeypatch) -> None:
+    """Hires fix: the network is left in between, and its plans come again with every picture."""
+    streams = simulated()
+    net, _ = pair()
+    mover = attached(net, streams, RING, passes=4)
+    planning = mover._networks["net"].planning
+    monkeypatch.setattr(planning, "_read_clocks", lambda: None)  # figures stay as they are
+    made = []
+    plan = type(planning.learned).plan
+    monkeypatch.setattr(type(planning.learned), "plan", lambda *args: made.append(args) or plan(*args))
+    for _ in range(3):
+        for budget in (RING, RING + LEAF_BYTES):
+            mover.drain()
+            monkeypatch.setattr(mover._context, "budget", lambda key, budget=budget: budget)
+            call(net, streams)
+    assert len(made) == 1  # the first of the two was there already
+    mover.detach()

@@ -14,6 +14,7 @@ class RecordingMover:
         self.networks: dict[str, object] = {}
         self.config, self.device = config, device
         self.on_demote = None
+        self.known = object()
         self.pinned_bytes = 0
         self.current_network: str | None = None
         self.in_pass = False
