@@ -64,7 +64,8 @@ class Pair:
 
     Attributes:
         files: the network files both servers have. streamed: ours is under a budget far below the weights.
-        checkpoint: the one both had loaded; others: those they could load, of the same config file first.
+        checkpoint: the one both had loaded; others: those they could load, of the same config file first. same_config: those of
+            them that have it: the network files fit them, whatever they do to others.
         plain: pictures without any network, for the fixtures.
     """
 
@@ -79,6 +80,7 @@ class Pair:
         present = models.pop(loaded)
         self.checkpoint = loaded
         self.checkpoint_file = Path(present["filename"])
+        self.same_config = {title for title in models if models[title]["config"] == present["config"]}
         self.others = sorted(models, key=lambda title: (models[title]["config"] != present["config"], title))
 
     def both(self) -> tuple[Server, Server]:
