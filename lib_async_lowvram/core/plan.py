@@ -38,6 +38,9 @@ STEPS_TO_IMPROVE, LEAST_TRIES = 60_000, 100
 LOST_TO_PLACES = 0.002
 """Share of the estimated time that places may cost before other places are tried."""
 
+TIGHT = 4
+"""Times its largest unit: a ring that is larger has room for two of them wherever they are."""
+
 FEW, FEW_COST = 24, 4
 """Steps up to which small changes are judged by playing them: with few units in a ring, where they stand decides. Playing costs
 so many times what estimating does."""
@@ -174,13 +177,14 @@ class _Search:
         steps = dict.fromkeys(unit for unit, _ in self._workload.steps if unit not in resident)
         # Units that do not fire in the learned order (conditional ones) need a place as well.
         order = [*steps, *(unit for unit in self._nbytes if unit not in steps and unit not in resident)]
+        largest = max((self._nbytes[unit] for unit in steps), default=0)
         hoped = self._estimate(resident) * (1 + LOST_TO_PLACES)
         for spread in (False, True):
             offsets = assign_offsets(order, self._nbytes, ring_bytes, spread=spread)
             prediction = simulate(self._workload, resident, offsets, ring_bytes)
             if best is None or prediction.seconds < best.prediction.seconds:
                 best = Plan(resident, ring_bytes, offsets, self._budget, prediction, self._limit)
-            if prediction.seconds <= hoped:
+            if prediction.seconds <= hoped or ring_bytes > TIGHT * largest:
                 break
         return best
 

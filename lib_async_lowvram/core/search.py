@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import random
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 
 from lib_async_lowvram.core.pipeline import Workload
@@ -52,11 +51,16 @@ class Stretch:
         """Up to `room` bytes of residents. `span_bytes`: over how much the computing per byte is taken."""
         ends, computed, count = self._ends, self._computed, len(self.units)
         density = []
+        low = high = 0
         for number in range(count):
             middle = (ends[number] + ends[number + 1]) // 2
-            low = min(number, max(0, bisect_left(ends, middle - span_bytes // 2)))
-            high = max(number + 1, min(count, bisect_right(ends, middle + span_bytes // 2) - 1))
-            density.append((computed[high] - computed[low]) / max(1, ends[high] - ends[low]))
+            start, end = middle - span_bytes // 2, middle + span_bytes // 2
+            while ends[low] < start:  # both grow with `middle`
+                low += 1
+            while high < count and ends[high + 1] <= end:
+                high += 1
+            first, after = min(low, number), max(high, number + 1)
+            density.append((computed[after] - computed[first]) / ((ends[after] - ends[first]) or 1))
         return self.within(room, [self.units[number] for number in sorted(range(count), key=density.__getitem__)])
 
     def in_pace(self, room: int, ring_bytes: int) -> set[int]:
