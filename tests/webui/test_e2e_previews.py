@@ -195,6 +195,31 @@ def test_an_interrupt_with_previews_and_the_job_after_it(ours, wanted):
     check_promises(settled(ours), peak=False)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_other_checkpoints_and_back(ours, wanted, method):
+    """A frame of a model that is gone is neither decoded with the new one's weights nor in its way."""
+    stock = Server(STOCK_URL)
+    titles = {model["title"].split(" [")[0] for model in stock.get("/sdapi/v1/sd-models")}
+    found = stock.get("/sdapi/v1/options")["sd_model_checkpoint"]
+    ours.set_options(live_previews_enable=True, show_progress_every_n_steps=1, show_progress_type=method)
+    try:
+        for title in [*sorted(titles), found]:
+            for server in (ours, stock):
+                server.set_options(sd_model_checkpoint=title)
+            with Pollers(ours, count=2) as pollers:
+                got = ours.pictures("txt2img", JOB)
+            expected = stock.pictures("txt2img", JOB)
+            print(f"\n{method}, {title}: ours {' '.join(got)} stock {' '.join(expected)}, {len(pollers.frames)} frames seen")
+            assert got == expected
+            assert pollers.frames
+        assert got == wanted[1]
+    finally:
+        for server in (ours, stock):
+            server.set_options(sd_model_checkpoint=found)
+    check_promises(settled(ours), peak=False)
+    assert ours.status()["preview"]["errors"] == 0
+
+
 def test_off_is_the_hosts_own(ours, wanted):
     ours.set_options(live_previews_enable=True, show_progress_every_n_steps=1, show_progress_type="Approx NN", async_lowvram_previews=False)
     before = settled(ours)["preview"]
