@@ -60,6 +60,8 @@ class Residents:
 
     def _onload(self, unit: Unit) -> None:
         self.expected.remove(unit)
+        if unit.state is UnitState.WRITE_BACK:
+            unit.to(UnitState.HOST)  # changed in the pass it streamed for the last time; the copy stream waits for that
         unchanged = self._contents.true_up(unit)
         kept = self._network.kept.take(unit)
         if kept is not None:
@@ -107,7 +109,7 @@ class Residents:
 
     def arrive(self, unit: Unit) -> None:
         """`unit` is used for the first time since the network was entered."""
-        if unit.state is UnitState.HOST:
+        if unit.state is UnitState.HOST or (unit.state is UnitState.WRITE_BACK and unit in self.expected):
             self._onload(unit)
         self._publish(unit)
 

@@ -11,7 +11,7 @@ from torch import nn
 from lib_async_lowvram import AsyncModelMover
 from lib_async_lowvram.core.states import UnitState
 from lib_async_lowvram.device.recorder import RecordingStreams
-from tests.mover.chains import LEAF_BYTES, attached, call, pair, recorded, same, simulated
+from tests.mover.chains import LEAF_BYTES, Chain, attached, call, pair, recorded, same, simulated
 
 RING = 2 * LEAF_BYTES
 SLOW = 2e7
@@ -146,3 +146,26 @@ def test_a_pass_cut_short_while_growing(at: int, inside: Callable[[nn.Module], N
     assert len(resident(mover)) == 3
     mover.detach()
     streams.check()
+
+
+@pytest.mark.parametrize("device", list(DEVICES))
+@pytest.mark.parametrize("order", [None, [0, 0, 1, 2, 2, 3, 4, 5]])
+def test_while_every_use_changes_the_weights(device: str, order: list[int] | None) -> None:
+    """Write-backs under way when a unit becomes a resident, or stops being one."""
+    streams = DEVICES[device]()
+    net, twin = pair(lambda: Chain(6, order))
+    mover = attached(net, streams, RING + 2 * LEAF_BYTES, lookahead_bytes=RING)
+    for chain in (net, twin):
+        for leaf in chain.leaves:
+            leaf.register_forward_pre_hook(lambda leaf, _: leaf.weight.mul_(0.9))
+    for leaves in (0, 3, 1, 2, 0, 3):
+        change(mover, leaves)
+        for _ in range(3):
+            same(net, twin, streams)
+    assert mover.status()["replanned"] >= 4
+    mover.drain()
+    for mine, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    mover.detach()
+    if isinstance(streams, RecordingStreams):
+        streams.check()
