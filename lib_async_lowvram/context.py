@@ -63,6 +63,7 @@ class Context:
         keep_free: (network, shapes of the arguments, bytes free without any weights) -> bytes that the automatic budget leaves
             free, for hosts whose results depend on that.
         trace: where spans of computing and stalls go; None = nowhere.
+        turn: of the lock; notified when a pass ends.
         gone: what networks had counted that are attached no longer (models that were thrown away).
     """
 
@@ -79,9 +80,11 @@ class Context:
     keep_free: Callable[[str, tuple | None, int], int] | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
     peaks: Peaks = field(init=False)
+    turn: threading.Condition = field(init=False)
 
     def __post_init__(self) -> None:
         self.peaks = Peaks(self.streams)
+        self.turn = threading.Condition(self.lock)
 
     def note_activations(self, key: Key) -> None:
         """A pass of this kind is over."""

@@ -8,14 +8,15 @@ together: at most one network is *in use* (has device memory); when another one 
     ...                       # call the modules as ever, with gradients off
     mover.detach()
 
-Threads: any method may be called from any thread. Passes run on the caller's thread, one at a time over all networks: two
-threads must not run two of them at once. What another thread asks for in the middle of a pass (`drain`, `detach`,
-`configure`) is done when that pass ends.
+Threads: any method may be called from any thread. Passes run on the caller's thread, one at a time over all networks: who wants
+to start one while another thread is in the middle of one waits for its end. What another thread asks for in the middle of a pass
+(`drain`, `detach`, `configure`) is done when that pass ends.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,8 @@ from lib_async_lowvram.measured import Measured
 from lib_async_lowvram.network import Network
 from lib_async_lowvram.network_spec import NetworkSpec
 from lib_async_lowvram.status import describe
+
+PATIENCE_SECONDS, LOOK_SECONDS = 120, 0.1
 
 
 class AsyncModelMover:
@@ -92,7 +95,7 @@ class AsyncModelMover:
                     raise ValueError(f"a network named {name!r} is attached already")
                 spec = network if isinstance(network, NetworkSpec) else self._spec_of(network)
                 refuse_claimed(spec)
-                self._networks[name] = Network(name, spec, self._context, self._take_over, self._pass_ended)
+                self._networks[name] = Network(name, spec, self._context, self)
             trim_heap()  # where the weights were before they were packed
         return self
 
@@ -176,8 +179,19 @@ class AsyncModelMover:
             if network is not None and not (self._current is not None and self._current.busy):
                 network.prepare()
 
-    def _take_over(self, network: Network) -> None:
-        """`network` is about to start a pass: leave the one that is in use."""
+    def wait_for_turn(self) -> None:
+        """Block the calling thread while another one is in the middle of a pass: the WebUI's first picture may be asked for while the
+        thread that loads the model still encodes its empty prompt. Not for ever: that thread might be waiting for this one, and taking
+        the device from it would make its picture wrong."""
+        context, me = self._context, threading.get_ident()
+        until = time.monotonic() + PATIENCE_SECONDS
+        while (current := self._current) is not None and current.thread != me and current.busy:
+            if time.monotonic() > until:
+                raise RuntimeError(f"a pass of {current.name} on another thread has not ended in {PATIENCE_SECONDS} s")
+            context.turn.wait(LOOK_SECONDS)  # one that was interrupted ends without telling anybody
+
+    def take_over(self, network: Network) -> None:
+        """See `network.Passes`."""
         for action in self._take_deferred():
             action()
         self._forget_dead()
@@ -208,9 +222,11 @@ class AsyncModelMover:
         actions, self._deferred = self._deferred, []
         return actions
 
-    def _pass_ended(self) -> None:
+    def ended(self) -> None:
+        """See `network.Passes`."""
         for action in self._take_deferred():
             action()
+        self._context.turn.notify_all()
         if self._current is not None and self._current.planning.verdict:
             self.demote(self._current.planning.verdict)
 

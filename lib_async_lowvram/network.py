@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from lib_async_lowvram.learned import Learned
 from lib_async_lowvram.log import logger
 from lib_async_lowvram.network_spec import NetworkSpec
 from lib_async_lowvram.pass_clock import PassClock
+from lib_async_lowvram.passes import Passes
 from lib_async_lowvram.planning import Planning
 from lib_async_lowvram.region_pass import Observed, RegionPass
 from lib_async_lowvram.running import is_running
@@ -47,11 +48,7 @@ class Network:
         in_pass: between a pass's start and end; thread: that runs it. opened_by_caller: through `AsyncModelMover.running`.
     """
 
-    def __init__(
-        self, name: str, spec: NetworkSpec, context: Context, on_begin: Callable[[Network], None], on_end: Callable[[], None]
-    ) -> None:
-        """`on_begin(network)` is called before a pass's first work: the mover leaves whatever else is in use. `on_end()`
-        after a pass's last: what other threads asked for meanwhile is done then."""
+    def __init__(self, name: str, spec: NetworkSpec, context: Context, passes: Passes) -> None:
         self.name = name
         self.context = context
         self.counters = Counters()
@@ -62,8 +59,7 @@ class Network:
         self.in_pass = False
         self.thread: int | None = None
         self.opened_by_caller = False
-        self._on_begin = on_begin
-        self._on_end = on_end
+        self._passes = passes
         self._open_ended = spec.open_ended
         self._streaming: Streaming | None = None
         self._regions: RegionPass | None = None
@@ -100,8 +96,9 @@ class Network:
     def begin_pass(self, announced: bool = False, shape: Hashable = None) -> None:
         """A pass starts on the calling thread. One that is still open (a BaseException, an open end) is closed first.
         `announced`: nothing runs yet, so whether gradients are on now says nothing. `shape`: of its arguments, where known."""
+        self._passes.wait_for_turn()
         self.end_pass(complete=self._ends_by_itself)
-        self._on_begin(self)
+        self._passes.take_over(self)
         context = self.context
         if self.contents.changed:
             logger.debug("%s: its modules changed, learning anew", self.name)
@@ -208,7 +205,7 @@ class Network:
                 self._streaming.settle()
             if self.context.config.always_write_back:
                 self._give_back()  # whoever writes to masters now leaves no trace, either: all of them travel again
-        self._on_end()
+        self._passes.ended()
 
     def _learn(self, observed: Observed, leaving: bool) -> None:
         contents = self.contents
@@ -249,7 +246,7 @@ class Network:
         """Start the first onloads now, if the network has learned and gradients are off."""
         if self.learned is not None and not self.busy and not torch.is_grad_enabled() and not self.contents.changed:
             self.end_pass(self._ends_by_itself)
-            self._on_begin(self)
+            self._passes.take_over(self)
             if self.planning.stale or self.contents.resized:
                 self._give_back()
             with self.judged(False):
