@@ -23,6 +23,8 @@ IN_STEP_SECONDS = 60e-6
 the simulated copy engine take from the thread that computes (60 to 120 us in all, `bench`; plans made with 20 to 150 us take
 equally long)."""
 
+HEADROOM, PAGE = 512, 4096
+
 NOTEWORTHY = 0.05
 """Share of the compute time per pass."""
 
@@ -169,7 +171,11 @@ class Learned:
         return least_budget(self.workload(units))
 
     def plan(self, units: Sequence[Unit], budget_bytes: int, lookahead_bytes: int, small_unit_bytes: int) -> Plan:
-        """See `core.plan.make_plan`."""
-        return make_plan(self.workload(units), budget_bytes, lookahead_bytes=lookahead_bytes, small_unit_bytes=small_unit_bytes)
-
-
+        """See `core.plan.make_plan`. One part in `HEADROOM` of the budget stays free where it can: until the next plan, residents may
+        grow (LoRA adds biases)."""
+        load = self.workload(units)
+        spare = budget_bytes // HEADROOM // PAGE * PAGE
+        if load.total_bytes <= budget_bytes or budget_bytes - spare < least_budget(load):
+            spare = 0
+        plan = make_plan(load, budget_bytes - spare, lookahead_bytes=lookahead_bytes, small_unit_bytes=small_unit_bytes)
+        return replace(plan, budget_bytes=plan.budget_bytes + spare)

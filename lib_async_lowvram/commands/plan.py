@@ -82,7 +82,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--latent", type=at_least_one, default=32, metavar="L", help="with --check: side of its picture (default: 32)")
     parser.add_argument("--passes", type=at_least_one, default=9, metavar="N", help="with --check: passes to measure (default: 9)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    parser.set_defaults(run=run, needs=needs, what="this part of plan")
+    parser.set_defaults(run=run, needs=needs, what="plan --check or --marks")
 
 
 def needs(options: argparse.Namespace) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ def test_what_is_not_foreseen_is_not_hidden(monkeypatch):
     ("arguments", "says"),
     [
         (["doctor"], "error: the doctor needs torch: python -m pip install torch\n"),
-        (["plan", "--check"], "error: plan --check needs torch, tqdm: python -m pip install torch tqdm\n"),
+        (["plan", "--check"], "error: plan --check or --marks needs torch, tqdm: python -m pip install torch tqdm\n"),
     ],
 )
 def test_missing_packages(monkeypatch, capsys, arguments, says):

@@ -72,3 +72,21 @@ def test_reordering_loses_no_resident(steps: list[tuple[int, float]], streamed: 
     other = learned(steps).reordered(order, resident)
     assert [unit for unit, _ in other.steps if unit not in resident] == order
     assert {unit for unit, _ in other.steps if unit in resident} == {unit for unit, _ in steps if unit in resident}
+
+
+class Sized:
+    def __init__(self, index: int, nbytes: int) -> None:
+        self.index, self.nbytes, self.must_reside = index, nbytes, False
+
+
+def test_a_little_of_the_budget_stays_free_for_residents_that_grow() -> None:
+    mib = 1 << 20
+    units = [Sized(index, mib) for index in range(64)]
+    base = learned([(index, 1e-3) for index in range(64)])
+    plan = base.plan(units, 32 * mib, 0, 0)
+    held = len(plan.resident) * mib + plan.ring_bytes
+    assert plan.budget_bytes == 32 * mib
+    assert 64 * 1024 <= plan.budget_bytes - held < 2 * mib
+    least = base.plan(units, 2 * mib, 0, 0)
+    assert (least.ring_bytes, least.budget_bytes, least.notes) == (2 * mib, 2 * mib, ())
+    assert base.plan(units, 64 * mib, 0, 0).resident == frozenset(range(64))

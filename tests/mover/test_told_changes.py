@@ -121,6 +121,8 @@ def test_a_unit_that_outgrew_its_place_gets_a_new_one_with_the_next_plan(how: st
         call(net, streams)
     after = mover.status()
     assert after["misses"] == before["misses"]
-    assert after["hits"] - before["hits"] == 18
+    streamed = sum(not unit.resident for unit in mover._networks["net"].contents.units)
+    assert streamed >= 5  # what is twice as large may be resident, where that is the faster plan
+    assert after["hits"] - before["hits"] == 3 * streamed
     streams.check()
     mover.detach()
