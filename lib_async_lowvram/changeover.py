@@ -44,6 +44,8 @@ class Changeover:
         for unit in units:
             if unit.resident and unit.index not in wanted:
                 self._residents.shed(unit)
+        for index in self._growing - wanted:  # a pass cut short left them streaming, with a block in reserve
+            self._residents.give_up_room(units[index])
         self._growing = {index for index in wanted if not units[index].resident}
         self.grown.clear()
         self._slots.move(plan.offsets)

@@ -102,9 +102,9 @@ class Planning:
     def _recall(self) -> None:
         """Take up what is known of passes of this shape. The times of others, where nothing is, until one was timed."""
         known = self._measured.recall((self._sizes, self._shape)) if self.learned is not None else None
-        if known is not None:
-            self.learned = self.learned.timed(*known)
-            self._times_of = self._shape
+        recalled = self.learned if known is None else self.learned.timed(*known)
+        if recalled is not self.learned:  # else they are of another order
+            self.learned, self._times_of = recalled, self._shape
 
     @property
     def untimed(self) -> bool:

@@ -50,6 +50,7 @@ class Slots:
         """Another plan's places in the same ring."""
         self._ring.move(offsets, {unit: self._units[unit].nbytes for unit in offsets})
         self._views.clear()
+        self._hindered = None  # what stood in its old place says nothing of the new one
 
     def _view(self, index: int) -> torch.Tensor:
         view = self._views.get(index)

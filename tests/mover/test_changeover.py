@@ -169,3 +169,22 @@ def test_while_every_use_changes_the_weights(device: str, order: list[int] | Non
     mover.detach()
     if isinstance(streams, RecordingStreams):
         streams.check()
+
+
+def test_room_to_grow_is_given_back_when_the_plan_changes_again() -> None:
+    """A pass cut short leaves units with a block in reserve; the next plan does not want them."""
+    streams = recorded(bandwidth=SLOW)
+    net, twin = pair()
+    mover = attached(net, streams, RING, lookahead_bytes=RING)
+    same(net, twin, streams)
+    change(mover, 3)
+    net.leaves[0].inside = cut_short
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        call(net, streams)
+    assert streams.allocated_bytes == RING + 3 * LEAF_BYTES
+    change(mover, 0)
+    for _ in range(3):
+        same(net, twin, streams)
+    assert streams.allocated_bytes == RING
+    mover.detach()
+    streams.check()
