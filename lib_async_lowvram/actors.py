@@ -32,7 +32,7 @@ class SpanActor:
         self._handled = sys.exc_info()[1]
         with network.context.lock:
             network.begin_pass(shape=shape_of(args, kwargs))
-            network.running(module)
+            network.calls.running(module)
         return moved(args, kwargs, network.context.streams.device)
 
     def after(self, module: nn.Module) -> None:
@@ -55,13 +55,13 @@ class UnitActor:
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         network = self._network
         with network.context.lock:
-            network.acquire(self._unit, module)
+            network.calls.acquire(self._unit, module)
         return moved(args, kwargs, network.context.streams.device)
 
     def after(self, module: nn.Module) -> None:
         network = self._network
         with network.context.lock:
-            network.release(self._unit)
+            network.calls.release(self._unit)
 
 
 class ObserverActor:
@@ -75,9 +75,9 @@ class ObserverActor:
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         network = self._network
         with network.context.lock:
-            network.observe(module)
+            network.calls.observe(module)
         return moved(args, kwargs, network.context.streams.device) if module._parameters else None
 
     def after(self, module: nn.Module) -> None:
         with self._network.context.lock:
-            self._network.observed(module)
+            self._network.calls.observed(module)

@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import weakref
 from collections.abc import Hashable
 
 import torch
-from torch import nn
 
+from lib_async_lowvram.calls import Calls
 from lib_async_lowvram.contents import Contents
 from lib_async_lowvram.context import Context
 from lib_async_lowvram.core.order import ExecutionOrder
 from lib_async_lowvram.core.plan import Plan
 from lib_async_lowvram.core.stats import Counters
-from lib_async_lowvram.device.weights import Unit
 from lib_async_lowvram.hook_set import HookSet
 from lib_async_lowvram.kept import Kept
 from lib_async_lowvram.learned import Learned
@@ -45,6 +43,9 @@ class Network:
     Attributes:
         contents: its modules and units. order: what it follows. planning: what it learned, and its plan.
         kept: what the learning pass left on the device for the next one.
+        calls: what the hooks tell of it. open_ended: its passes have no end of their own.
+        streaming: what holds device memory, or None. regions: of a pass that moves regions, or None.
+        undecided: a pass is open, and which kind it is the first module to fire tells. detached: for good.
         in_pass: between a pass's start and end; thread: that runs it. opened_by_caller: through `AsyncModelMover.running`.
     """
 
@@ -59,16 +60,15 @@ class Network:
         self.in_pass = False
         self.thread: int | None = None
         self.opened_by_caller = False
+        self.detached = False
         self._passes = passes
-        self._open_ended = spec.open_ended
-        self._streaming: Streaming | None = None
-        self._regions: RegionPass | None = None
-        self._undecided = False  # a pass that somebody opened: which kind it is, the first module to fire tells
+        self.open_ended = spec.open_ended
+        self.streaming: Streaming | None = None
+        self.regions: RegionPass | None = None
+        self.undecided = False
         self._left_standing: RegionPass | None = None  # over, but `backward` may come yet
-        self._opener: weakref.ref[nn.Module] | None = None  # what started a pass nobody announced
-        self._opener_streams = False  # whether that is a streamed unit's anchor
-        self._firing = 0  # observed modules running now, one inside the other
         self._clock = PassClock(context.streams, self.counters)
+        self.calls = Calls(self)
         self.hooks = HookSet(self, spec.open_ended)
         self.hooks.observe(True)
 
@@ -85,7 +85,7 @@ class Network:
     @property
     def entered(self) -> bool:
         """Whether streamed passes hold device memory now."""
-        return self._streaming is not None
+        return self.streaming is not None
 
     def judged(self, on: bool) -> contextlib.AbstractContextManager:
         """Our own work between two operations may touch host weights; the placement checker looks away meanwhile."""
@@ -97,7 +97,9 @@ class Network:
         """A pass starts on the calling thread. One that is still open (a BaseException, an open end) is closed first.
         `announced`: nothing runs yet, so whether gradients are on now says nothing. `shape`: of its arguments, where known."""
         self._passes.wait_for_turn()
-        self.end_pass(complete=self._ends_by_itself)
+        if self.detached:
+            return  # meanwhile: this call's hooks are its last, and its weights are where stock's moves look for them
+        self.end_pass(complete=self.calls.end_by_themselves)
         self._passes.take_over(self)
         context = self.context
         if self.contents.changed:
@@ -107,7 +109,7 @@ class Network:
             self.hooks.observe(False)
             self.contents.rebuild()
             self.planning.forget()
-        self.planning.began(shape, entering=self._streaming is None)
+        self.planning.began(shape, entering=self.streaming is None)
         for unit in self.contents.units:
             unit.suspect = context.config.always_write_back
         self.in_pass = True
@@ -116,17 +118,18 @@ class Network:
             if announced and torch.is_grad_enabled():
                 self._give_back()  # arrived residents would fire unnoticed
                 self.hooks.observe(True)
-                self._undecided = True
+                self.undecided = True
             else:
-                self._begin_moving()
+                self.begin_moving()
         except BaseException:
             self.end_pass(complete=False)
             raise
         if context.checker is not None:
             context.checker.enter()
 
-    def _begin_moving(self) -> None:
-        self._undecided = False
+    def begin_moving(self) -> None:
+        """The pass's first module is about to run: regions move, or units stream."""
+        self.undecided = False
         if torch.is_grad_enabled() or self.learned is None:
             self._begin_moving_regions()
         else:
@@ -136,8 +139,8 @@ class Network:
         self._give_back()
         self.hooks.observe(True)
         self.context.peaks.learning(True)
-        self._regions = RegionPass(self, observe=not torch.is_grad_enabled())
-        self._regions.start()
+        self.regions = RegionPass(self, observe=not torch.is_grad_enabled())
+        self.regions.start()
 
     def _begin_streaming(self) -> None:
         self.hooks.observe(False)
@@ -145,27 +148,18 @@ class Network:
             self._give_back()
         with self.judged(False):
             self._enter()
-            self._streaming.begin_pass()
+            self.streaming.begin_pass()
         self._clock.begin()
-
-    @property
-    def _ends_by_itself(self) -> bool:
-        """Whether an open pass counts as complete when something else starts: nobody would have said so. A stray call of one
-        leaf, in a network whose passes are announced, is not a pass; nor is what runs still (an encoder that is called itself,
-        and in it the module that announces the pass)."""
-        if self._opener is not None and self._firing:
-            return False
-        return self._open_ended or (self._opener is not None and self.contents.span is None)
 
     @property
     def busy(self) -> bool:
         """Whether some thread is inside a pass or a stray call, as far as can be known: an interrupt leaves passes open, some
         have no end of their own, and residents are called without a trace."""
-        if not self.in_pass and self._streaming is None:
+        if not self.in_pass and self.streaming is None:
             return False
-        if not self.in_pass or self._open_ended or self._opener is not None:
+        if not self.in_pass or self.open_ended or self.calls.unannounced:
             # Not only what streams: a resident, or one whose region was brought for a stray call, is read without a trace.
-            in_use = self._streaming is not None and self._streaming.anything_in_use
+            in_use = self.streaming is not None and self.streaming.uses.any
             return in_use or is_running(self.thread, *self.contents.modules())
         span = self.contents.span
         return self.opened_by_caller or span is None or is_running(self.thread, span)
@@ -176,13 +170,12 @@ class Network:
             return
         if self.context.checker is not None:
             self.context.checker.exit()
-        self.in_pass = self._undecided = False
-        self._opener = None
-        self._firing = 0
-        if self._regions is not None and not self._regions.observes and complete and not leaving:
-            self._left_standing, self._regions = self._regions, None
-        elif self._regions is not None:
-            regions, self._regions = self._regions, None
+        self.in_pass = self.undecided = False
+        self.calls.pass_ended()
+        if self.regions is not None and not self.regions.observes and complete and not leaving:
+            self._left_standing, self.regions = self.regions, None
+        elif self.regions is not None:
+            regions, self.regions = self.regions, None
             # Whoever writes to masters without a trace would be overwritten by what is kept.
             observed = regions.close(keep=complete and not leaving and not self.context.config.always_write_back)
             if observed is not None:
@@ -193,16 +186,16 @@ class Network:
                 else:
                     self.kept.reduce_to(())
             self.context.peaks.learning(False)
-        elif self._streaming is not None:
+        elif self.streaming is not None:
             with self.judged(False):
-                self._streaming.end_pass(complete)
+                self.streaming.end_pass(complete)
                 if self.order.end_pass(complete):
                     self.counters.relearned += 1
                     self.planning.reorder(self.order.sequence)
-                    self._streaming.resynchronise()
+                    self.streaming.uses.resynchronise()
             self._clock.end(complete)
             with self.judged(False):
-                self._streaming.settle()
+                self.streaming.settle()
             if self.context.config.always_write_back:
                 self._give_back()  # whoever writes to masters now leaves no trace, either: all of them travel again
         self._passes.ended()
@@ -217,23 +210,30 @@ class Network:
         if not leaving:
             self._make_plan(self.context.budget(self.planning.key))
 
+    def stop_streaming(self) -> None:
+        """Gradients came on in the middle of a pass: autograd keeps views of what the ring would overwrite."""
+        self.streaming.share()
+        self._clock.end(complete=False)
+        self.order.end_pass(complete=False)
+        self._begin_moving_regions()
+
     # -- device memory -------------------------------------------------------------------------------------------------
     def _enter(self) -> None:
         """Make a plan for the present budget, and take device memory."""
-        if self._streaming is not None:
+        if self.streaming is not None:
             return
         self._clear_standing()
         self._make_plan(self.context.budget(self.planning.key))
         try:
-            self._streaming = Streaming(self)
+            self.streaming = Streaming(self)
         except torch.cuda.OutOfMemoryError as error:
             least = self.planning.least_budget(self.contents.units)
             logger.warning("%s: %s; trying the least budget, %d MB", self.name, str(error).splitlines()[0], least >> 20)
             self.planning.most_bytes = least
             self._make_plan(least)
-            self._streaming = Streaming(self)
+            self.streaming = Streaming(self)
         self.hooks.units_on()
-        self._streaming.issue_ahead()
+        self.streaming.uses.issue_ahead()
 
     def _make_plan(self, budget_bytes: int) -> None:
         units = self.contents.units
@@ -245,7 +245,7 @@ class Network:
     def prepare(self) -> None:
         """Start the first onloads now, if the network has learned and gradients are off."""
         if self.learned is not None and not self.busy and not torch.is_grad_enabled() and not self.contents.changed:
-            self.end_pass(self._ends_by_itself)
+            self.end_pass(self.calls.end_by_themselves)
             self._passes.take_over(self)
             if self.planning.stale or self.contents.resized:
                 self._give_back()
@@ -254,15 +254,15 @@ class Network:
 
     def leave(self) -> None:
         """Masters true and published, device memory given back. Blocks the host until nothing is in flight."""
-        self.end_pass(complete=self._ends_by_itself, leaving=True)
+        self.end_pass(complete=self.calls.end_by_themselves, leaving=True)
         self._give_back()
         self.planning.most_bytes = None
 
     def _give_back(self) -> None:
         self.kept.reduce_to(())
         self._clear_standing()
-        if self._streaming is not None:
-            streaming, self._streaming = self._streaming, None
+        if self.streaming is not None:
+            streaming, self.streaming = self.streaming, None
             with self.judged(False):
                 streaming.close()
             self.hooks.units_on()
@@ -276,71 +276,6 @@ class Network:
     def detach(self) -> None:
         """Leave, take every hook off, unpin."""
         self.leave()
+        self.detached = True
         self.hooks.remove()
         self.contents.release()
-
-    # -- what the hooks tell -------------------------------------------------------------------------------------------
-    def acquire(self, unit: Unit, module: nn.Module) -> None:
-        """A unit's anchor is about to run."""
-        opener = self._opener() if self._opener is not None else None
-        if opener is not None and self._streaming is not None and not self._streaming.anything_in_use:
-            if opener is module:
-                self.end_pass(self._ends_by_itself)  # an unannounced pass starts over where it started
-            elif not unit.resident and not self._opener_streams:
-                self._opener = weakref.ref(module)  # that one will have no hooks when it fires again
-                self._opener_streams = True
-        if not self.in_pass:
-            self.begin_pass()  # nobody announced it; it lasts until the network is left or announced
-            self._opener = weakref.ref(module)
-            self._opener_streams = not unit.resident
-            if self._regions is not None:
-                self.running(module)  # gradients are on; the observer just put on it comes too late for this call
-        if self._undecided:
-            self._begin_moving()
-        elif self._streaming is not None and torch.is_grad_enabled():
-            self._stop_streaming(module)
-        if self._streaming is not None:
-            with self.judged(False):
-                self._streaming.acquire(unit)
-
-    def release(self, unit: Unit) -> None:
-        """A unit's anchor has run."""
-        if self._streaming is not None and torch.is_grad_enabled():
-            self._stop_streaming(unit.anchor())
-        elif self._streaming is not None:
-            with self.judged(False):
-                self._streaming.release(unit)
-
-    def _stop_streaming(self, module: nn.Module) -> None:
-        """Gradients came on in the middle of a pass: autograd keeps views of what the ring would overwrite."""
-        self._streaming.share()
-        self._clock.end(complete=False)
-        self.order.end_pass(complete=False)
-        self._begin_moving_regions()
-        self.running(module)
-
-    def observe(self, module: nn.Module) -> None:
-        """Any module is about to run in a pass that moves regions."""
-        opener = self._opener() if self._opener is not None else None
-        if opener is module and not self._firing:
-            self.end_pass(self._ends_by_itself)  # an unannounced pass starts over where it started
-        if not self.in_pass:
-            self.begin_pass()
-            self._opener = weakref.ref(module)
-            self._opener_streams = False
-        self.running(module)
-        if self._regions is not None:
-            self._firing += 1  # otherwise the observers have just been taken off, and nobody will say that it has run
-
-    def observed(self, module: nn.Module) -> None:
-        """It has run."""
-        self._firing = max(0, self._firing - 1)
-        if self._regions is not None:
-            self._regions.after(module)
-
-    def running(self, module: nn.Module) -> None:
-        """`module` runs now: in a pass that moves regions, its region is needed."""
-        if self._undecided:
-            self._begin_moving()
-        if self._regions is not None:
-            self._regions.before(module)

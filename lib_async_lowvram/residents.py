@@ -76,7 +76,7 @@ class Residents:
             self._transfers.onload(unit, behind=None if kept is None else self._streams.current_stream())
         self._arrived.append(unit)
         if not self._announced(unit):
-            self._transfers.wait_and_publish(unit)
+            self._transfers.wait_and_publish(unit, self._streams.current_stream())
 
     def make_room(self, unit: Unit) -> None:
         """Take the block in which a streamed unit will be resident. Raises torch's out-of-memory error."""
@@ -122,7 +122,7 @@ class Residents:
                 self._contents.true_up(unit)
                 unit.bind(self._arena.block(unit.index, unit.nbytes))
                 self._transfers.onload(unit)
-            self._transfers.wait_and_publish(unit)
+            self._transfers.wait_and_publish(unit, self._streams.current_stream())
         self._network.hooks.unit_off(unit)
 
     def all_arrived(self) -> None:
@@ -150,4 +150,4 @@ class Residents:
                 self._contents.adopt(unit)
                 unit.bind(self._arena.block(unit.index, unit.nbytes))
                 self._transfers.onload(unit, behind=consumer)
-                self._transfers.wait_and_publish(unit)
+                self._transfers.wait_and_publish(unit, self._streams.current_stream())

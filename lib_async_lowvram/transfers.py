@@ -29,25 +29,27 @@ class Transfers:
         """Enqueue the copy of the master into the memory the unit is bound to, behind a write-back still under way, and
         behind what `behind` has been given so far, if that may still read the memory."""
         streams = self._streams
+        stream = streams.onload_stream
         unit.to(ONLOADING)
         if behind is not None:
-            streams.wait(streams.onload_stream, streams.record(behind))
+            streams.wait(stream, streams.record(behind))
         if unit.written is not None:
-            streams.wait(streams.onload_stream, unit.written)
+            streams.wait(stream, unit.written)
             unit.written = None
         timed = self.clock is not None and self.clock.copies(unit.nbytes)
-        start = streams.record(streams.onload_stream, timing=True) if timed else None
+        start = streams.record(stream, timing=True) if timed else None
         memory = unit.memory
-        streams.copy(memory if memory.numel() == unit.nbytes else memory[: unit.nbytes], unit.master, streams.onload_stream)
-        unit.copied = streams.record(streams.onload_stream, timing=timed)
+        streams.copy(memory if memory.numel() == unit.nbytes else memory[: unit.nbytes], unit.master, stream)
         if timed:
+            unit.copied = streams.record(stream, timing=True)
             self.clock.copied(unit.nbytes, start, unit.copied)
+        else:
+            unit.copied = streams.record(stream)
         self._counters.streamed_bytes += unit.nbytes
 
-    def wait_and_publish(self, unit: Unit) -> None:
-        """The consumer's current stream waits for the copy; then the parameters point there (I4)."""
-        streams, trace = self._streams, self._context.trace
-        consumer, clock = streams.current_stream(), self.clock
+    def wait_and_publish(self, unit: Unit, consumer: Stream) -> None:
+        """`consumer`, the calling thread's current stream, waits for the copy; then the parameters point there (I4)."""
+        streams, trace, clock = self._streams, self._context.trace, self.clock
         if clock is not None:
             clock.before_wait()
         if trace is None:

@@ -124,7 +124,8 @@ class Unit:
         self._share = share
         self.master: torch.Tensor | None = None
         self.entries: tuple[tuple[Entry, ...], ...] = ()
-        self._absent: tuple[tuple[int, tuple[str, ...]], ...] = ()
+        # Per member: itself, how many parameters it holds, the names of those that are None, and its entries.
+        self._parts: tuple[tuple[weakref.ref[nn.Module], int, tuple[str, ...], tuple[Entry, ...]], ...] = ()
         self.pack()
 
     def __repr__(self) -> str:
@@ -151,7 +152,7 @@ class Unit:
         with torch.inference_mode(False):
             places: dict[tuple, int] = {}
             entries: list[tuple[Entry, ...]] = []
-            absent: list[tuple[int, tuple[str, ...]]] = []
+            parts: list[tuple[weakref.ref[nn.Module], int, tuple[str, ...], tuple[Entry, ...]]] = []
             sources: list[tuple[Entry, nn.Parameter]] = []
             size = 0
             for ref in self.members:
@@ -171,7 +172,8 @@ class Unit:
                     mine.append(entry)
                     sources.append((entry, parameter))
                 entries.append(tuple(mine))
-                absent.append((len(held), tuple(name for name, parameter in held.items() if parameter is None)))
+                absent = tuple(name for name, parameter in held.items() if parameter is None)
+                parts.append((ref, len(held), absent, entries[-1]))
             packed = self._packed(sources, size)
             master = self._host.allocate(size) if packed is None else packed
             for entry, parameter in sources:
@@ -184,7 +186,7 @@ class Unit:
             self.master = master
             self.nbytes = size
             self.entries = tuple(entries)
-            self._absent = tuple(absent)
+            self._parts = tuple(parts)
             self.unbind()
             self.dirty = False
 
@@ -203,6 +205,8 @@ class Unit:
 
     def bind(self, memory: torch.Tensor) -> None:
         """Prepare views over `memory` (uint8 on the device, at least `nbytes`); cheap when it is the place of last time."""
+        if memory is self.memory and self._bound_to:
+            return
         self.memory = memory
         address = memory.data_ptr()
         if address == self._bound_to:
@@ -231,7 +235,7 @@ class Unit:
     # -- publication ---------------------------------------------------------------------------------------------------
     def publish(self) -> None:
         """Point the parameters at the device memory. The caller's stream has waited for the copy (I4)."""
-        for ref, mine in zip(self.members, self.entries, strict=False):
+        for ref, _count, _absent, mine in self._parts:
             module = ref()
             if module is None:
                 continue
@@ -241,7 +245,7 @@ class Unit:
 
     def unpublish(self) -> None:
         """Point the parameters at the master again and take their versions as seen."""
-        for ref, mine in zip(self.members, self.entries, strict=False):
+        for ref, _count, _absent, mine in self._parts:
             module = ref()
             if module is None:
                 continue
@@ -258,11 +262,11 @@ class Unit:
     def device_change(self) -> Change:
         """What differs from what `publish` set, looking at parameters that should point at the device memory."""
         found = self._change(True)
-        return VALUES if (self.dirty or self.suspect) and found is NONE else found
+        return VALUES if found is NONE and (self.dirty or self.suspect) else found
 
     def _change(self, on_device: bool) -> Change:
         change = NONE
-        for ref, mine, (count, absent) in zip(self.members, self.entries, self._absent):  # noqa: B905 - twice per use of each unit
+        for ref, count, absent, mine in self._parts:  # twice per use of each unit
             module = ref()
             if module is None:
                 continue
@@ -270,7 +274,7 @@ class Unit:
             if len(held) != count:
                 if sum(parameter is not None for parameter in held.values()) != count - len(absent):
                     return LAYOUT
-            else:
+            elif absent:
                 for name in absent:
                     if held.get(name, held) is not None:
                         return LAYOUT
@@ -292,7 +296,7 @@ class Unit:
 
     def accept_versions(self) -> None:
         """Take the parameters' present versions as seen: their change has been dealt with."""
-        for ref, mine in zip(self.members, self.entries, strict=False):
+        for ref, _count, _absent, mine in self._parts:
             module = ref()
             if module is None:
                 continue
