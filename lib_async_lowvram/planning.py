@@ -25,7 +25,6 @@ from lib_async_lowvram.measured import Measured
 WORTHWHILE = 0.02
 """Share of a pass that another plan must be predicted to gain before a network in use changes over to it."""
 
-
 PLANS = 6
 """Kept with what they were made from: a picture with hires fix needs two, and the same two again for the next one."""
 
@@ -189,7 +188,7 @@ class Planning:
         workload = self.learned.workload(units)
         plan = self.learned.plan(units, budget_bytes, self.plan.ring_bytes, config.small_leaf_bytes)
         self._inputs = inputs
-        too_much = budget_bytes < self.plan.budget_bytes
+        too_much = budget_bytes < planned  # not the plan's own, which may have been raised to the least that works
         if plan.ring_bytes != self.plan.ring_bytes:
             self.stale = too_much  # then the next pass starts over
             return None

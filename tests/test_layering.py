@@ -21,6 +21,7 @@ LAYERS: dict[str, tuple[int, frozenset[str]]] = {
     "core": (0, frozenset()),
     "config": (0, frozenset()),
     "log": (0, frozenset()),
+    "output_files": (0, frozenset()),
     "": (0, frozenset()),  # lib_async_lowvram/__init__.py
     "device": (1, frozenset({"torch"})),
     "webui": (3, frozenset({"torch", "PIL"}) | HOST),

@@ -11,20 +11,14 @@ from typing import Any
 
 from lib_async_lowvram.bench import render, results
 from lib_async_lowvram.bench.options import BenchError
+from lib_async_lowvram.output_files import why_not_writable
 
 
 def check_writable(path: Path | None) -> None:
-    """Before any work. Leaves what is there alone. Raises `BenchError`."""
-    if path is None:
-        return
-    try:
-        existed = path.exists()
-        with path.open("ab"):
-            pass
-        if not existed:
-            path.unlink()
-    except OSError as error:
-        raise BenchError(f"cannot write {path}: {error.strerror or error}") from error
+    """Before any work. Raises `BenchError`."""
+    reason = why_not_writable(path)
+    if reason:
+        raise BenchError(reason)
 
 
 def write_outputs(document: dict[str, Any], json: Path | None, markdown: Path | None, png: Path | None) -> None:

@@ -16,6 +16,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lib_async_lowvram.output_files import why_not_writable
+
 
 class CommandError(Exception):
     """The command cannot run; the message is one line for the user. Exit code 2."""
@@ -50,17 +52,10 @@ def positive(text: str) -> float:
 
 
 def check_writable(path: Path | None) -> None:
-    """Before any work: that a file can be written there. Leaves what is there alone. Raises `CommandError`."""
-    if path is None:
-        return
-    try:
-        existed = path.exists()
-        with path.open("ab"):
-            pass
-        if not existed:
-            path.unlink()
-    except OSError as error:
-        raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
+    """Before any work: that a file can be written there. Raises `CommandError`."""
+    reason = why_not_writable(path)
+    if reason:
+        raise CommandError(reason)
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:
