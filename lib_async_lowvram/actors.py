@@ -12,6 +12,7 @@ from torch import nn
 
 from lib_async_lowvram.arguments import moved, shape_of
 from lib_async_lowvram.device.weights import Unit
+from lib_async_lowvram.rescue import is_ours
 
 if TYPE_CHECKING:
     from lib_async_lowvram.network import Network
@@ -32,7 +33,12 @@ class SpanActor:
         self._handled = sys.exc_info()[1]
         with network.context.lock:
             network.begin_pass(shape=shape_of(args, kwargs))
-            network.calls.running(module)
+            try:
+                network.calls.running(module)
+            except Exception as error:
+                if not is_ours(error):
+                    raise
+                network.give_way(error, goes_on=True, module=module)
         return moved(args, kwargs, network.context.streams.device)
 
     def after(self, module: nn.Module) -> None:
@@ -55,13 +61,23 @@ class UnitActor:
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         network = self._network
         with network.context.lock:
-            network.calls.acquire(self._unit, module)
+            try:
+                network.calls.acquire(self._unit, module)
+            except Exception as error:
+                if not is_ours(error):
+                    raise
+                network.give_way(error, goes_on=True, module=module)
         return moved(args, kwargs, network.context.streams.device)
 
     def after(self, module: nn.Module) -> None:
         network = self._network
         with network.context.lock:
-            network.calls.release(self._unit)
+            try:
+                network.calls.release(self._unit)
+            except Exception as error:
+                if not is_ours(error):
+                    raise
+                network.give_way(error, goes_on=True, module=module)
 
 
 class ObserverActor:
@@ -75,9 +91,20 @@ class ObserverActor:
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         network = self._network
         with network.context.lock:
-            network.calls.observe(module)
+            try:
+                network.calls.observe(module)
+            except Exception as error:
+                if not is_ours(error):
+                    raise
+                network.give_way(error, goes_on=True, module=module)
         return moved(args, kwargs, network.context.streams.device) if module._parameters else None
 
     def after(self, module: nn.Module) -> None:
-        with self._network.context.lock:
-            self._network.calls.observed(module)
+        network = self._network
+        with network.context.lock:
+            try:
+                network.calls.observed(module)
+            except Exception as error:
+                if not is_ours(error):
+                    raise
+                network.give_way(error, goes_on=True, module=module)

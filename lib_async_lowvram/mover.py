@@ -177,7 +177,9 @@ class AsyncModelMover:
         with self._context.lock:
             network = self._networks.get(name)
             if network is not None and not (self._current is not None and self._current.busy):
-                network.prepare()
+                with network.guarded():
+                    network.prepare()
+                self._heed()
 
     def wait_for_turn(self) -> None:
         """Block the calling thread while another one is in the middle of a pass: the WebUI's first picture may be asked for while the
@@ -227,8 +229,13 @@ class AsyncModelMover:
         for action in self._take_deferred():
             action()
         self._context.turn.notify_all()
-        if self._current is not None and self._current.planning.verdict:
-            self.demote(self._current.planning.verdict)
+        self._heed()
+
+    def _heed(self) -> None:
+        """No pass is open: give way to stock where a network turned out to be slower, or wrong."""
+        reason = next((found for network in self._networks.values() if (found := network.fault or network.planning.verdict)), "")
+        if reason:
+            self.demote(reason)
 
     def _between_passes(self, action: Callable[[], None]) -> None:
         """Do it now, or when the pass that another thread is in the middle of ends."""
@@ -251,7 +258,12 @@ class AsyncModelMover:
     # -- between passes ------------------------------------------------------------------------------------------------
     def drain(self) -> None:
         """Leave the network in use: masters true, nothing in flight, device memory given back."""
-        self._between_passes(self._leave)
+
+        def now() -> None:
+            self._leave()
+            self._heed()
+
+        self._between_passes(now)
 
     def _leave(self) -> None:
         if self._current is not None:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 
 import torch
+from torch import nn
 
 from lib_async_lowvram.calls import Calls
 from lib_async_lowvram.contents import Contents
@@ -31,6 +32,7 @@ from lib_async_lowvram.pass_clock import PassClock
 from lib_async_lowvram.passes import Passes
 from lib_async_lowvram.planning import Planning
 from lib_async_lowvram.region_pass import Observed, RegionPass
+from lib_async_lowvram.rescue import abandon, is_ours
 from lib_async_lowvram.running import is_running
 from lib_async_lowvram.streaming import Streaming
 
@@ -45,7 +47,9 @@ class Network:
         kept: what the learning pass left on the device for the next one.
         calls: what the hooks tell of it. open_ended: its passes have no end of their own.
         streaming: what holds device memory, or None. regions: of a pass that moves regions, or None.
+        left_standing: of one that is over, for a `backward` that may come yet, or None.
         undecided: a pass is open, and which kind it is the first module to fire tells. detached: for good.
+        fault: what we found ourselves to be wrong in; "" if nothing.
         in_pass: between a pass's start and end; thread: that runs it. opened_by_caller: through `AsyncModelMover.running`.
     """
 
@@ -61,12 +65,13 @@ class Network:
         self.thread: int | None = None
         self.opened_by_caller = False
         self.detached = False
+        self.fault = ""
         self._passes = passes
         self.open_ended = spec.open_ended
         self.streaming: Streaming | None = None
         self.regions: RegionPass | None = None
         self.undecided = False
-        self._left_standing: RegionPass | None = None  # over, but `backward` may come yet
+        self.left_standing: RegionPass | None = None  # over, but `backward` may come yet
         self._clock = PassClock(context.streams, self.counters)
         self.calls = Calls(self)
         self.hooks = HookSet(self, spec.open_ended)
@@ -99,6 +104,14 @@ class Network:
         self._passes.wait_for_turn()
         if self.detached:
             return  # meanwhile: this call's hooks are its last, and its weights are where stock's moves look for them
+        try:
+            self._begin_pass(announced, shape)
+        except Exception as error:
+            if not is_ours(error):
+                raise
+            self.give_way(error, goes_on=True)
+
+    def _begin_pass(self, announced: bool, shape: Hashable) -> None:
         self.end_pass(complete=self.calls.end_by_themselves)
         self._passes.take_over(self)
         context = self.context
@@ -135,11 +148,11 @@ class Network:
         else:
             self._begin_streaming()
 
-    def _begin_moving_regions(self) -> None:
+    def _begin_moving_regions(self, observe: bool = True) -> None:
         self._give_back()
         self.hooks.observe(True)
         self.context.peaks.learning(True)
-        self.regions = RegionPass(self, observe=not torch.is_grad_enabled())
+        self.regions = RegionPass(self, observe=observe and not torch.is_grad_enabled())
         self.regions.start()
 
     def _begin_streaming(self) -> None:
@@ -168,16 +181,21 @@ class Network:
         """The pass ended; `complete` unless an exception cut it short. `leaving`: device memory goes next."""
         if not self.in_pass:
             return
+        with self.guarded():
+            self._end_pass(complete, leaving)
+        self._passes.ended()
+
+    def _end_pass(self, complete: bool, leaving: bool) -> None:
         if self.context.checker is not None:
             self.context.checker.exit()
         self.in_pass = self.undecided = False
         self.calls.pass_ended()
         if self.regions is not None and not self.regions.observes and complete and not leaving:
-            self._left_standing, self.regions = self.regions, None
+            self.left_standing, self.regions = self.regions, None
         elif self.regions is not None:
-            regions, self.regions = self.regions, None
             # Whoever writes to masters without a trace would be overwritten by what is kept.
-            observed = regions.close(keep=complete and not leaving and not self.context.config.always_write_back)
+            observed = self.regions.close(keep=complete and not leaving and not self.context.config.always_write_back)
+            self.regions = None
             if observed is not None:
                 self.counters.learning_passes += 1
                 self.context.note_activations(self.planning.key)
@@ -198,7 +216,6 @@ class Network:
                 self.streaming.settle()
             if self.context.config.always_write_back:
                 self._give_back()  # whoever writes to masters now leaves no trace, either: all of them travel again
-        self._passes.ended()
 
     def _learn(self, observed: Observed, leaving: bool) -> None:
         contents = self.contents
@@ -255,23 +272,52 @@ class Network:
     def leave(self) -> None:
         """Masters true and published, device memory given back. Blocks the host until nothing is in flight."""
         self.end_pass(complete=self.calls.end_by_themselves, leaving=True)
-        self._give_back()
+        with self.guarded():
+            self._give_back()
         self.planning.most_bytes = None
 
     def _give_back(self) -> None:
         self.kept.reduce_to(())
         self._clear_standing()
         if self.streaming is not None:
-            streaming, self.streaming = self.streaming, None
             with self.judged(False):
-                streaming.close()
+                self.streaming.close()
+            self.streaming = None
             self.hooks.units_on()
 
     def _clear_standing(self) -> None:
-        if self._left_standing is not None:
-            regions, self._left_standing = self._left_standing, None
-            regions.close(keep=False)
+        if self.left_standing is not None:
+            self.left_standing.close(keep=False)
+            self.left_standing = None
             self.context.peaks.learning(False)
+
+    # -- faults --------------------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Work of ours at a pass's end or between two: a fault in it (`rescue.is_ours`) does not reach the host."""
+        try:
+            yield
+        except Exception as error:
+            if not is_ours(error):
+                raise
+            self.give_way(error)
+
+    def give_way(self, error: Exception, goes_on: bool = False, module: nn.Module | None = None) -> None:
+        """We are wrong, and say so: everything is put back, and the mover gives way to stock as soon as no pass is open. One that
+        `goes_on` does so with whole regions, as stock would. `module`: is about to run in it, or has just run."""
+        logger.error("%s: a fault of this extension; the picture goes on as stock would make it", self.name, exc_info=error)
+        self.fault = self.fault or f"{self.name}: {type(error).__name__}: {error}"
+        abandon(self)
+        if not goes_on:
+            return
+        if not self.in_pass:
+            self.in_pass, self.thread = True, threading.get_ident()
+            if self.context.checker is not None:
+                self.context.checker.enter()
+        self.undecided = False
+        self._begin_moving_regions(observe=False)
+        if module is not None:
+            self.calls.running(module)
 
     def detach(self) -> None:
         """Leave, take every hook off, unpin."""

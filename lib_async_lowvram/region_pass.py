@@ -57,6 +57,7 @@ class RegionPass:
         self._gradients = not observe  # whether they were on at any time
         self._held: int | None = None
         self._on_device: list[Unit] = []
+        self._memory: dict[int, torch.Tensor] = {}  # theirs, by index
         self._loose: LooseTensors | None = None
         self._marks: list[tuple[int | None, Event]] = []  # (id of module, or None for the end of a move; when)
         self._fired: dict[int, weakref.ref[nn.Module]] = {}
@@ -65,7 +66,7 @@ class RegionPass:
         self._inside: dict[int, set[int]] = {}
         self._always: list[Unit] = []
         self._root_loose: LooseTensors | None = None
-        self._consumer = self._streams.current_stream()
+        self.consumer = self._streams.current_stream()
 
     def start(self) -> None:
         """Bring what is outside all regions. May raise torch's out-of-memory error; `close` cleans up."""
@@ -80,7 +81,7 @@ class RegionPass:
     def before(self, module: nn.Module) -> None:
         """A module is about to run: hold its region."""
         self._gradients = self._gradients or torch.is_grad_enabled()
-        self._consumer = self._streams.current_stream()
+        self.consumer = self._streams.current_stream()
         region = self._network.contents.region_of(module)
         if region is not None and region != self._held:
             self._hold(region)
@@ -128,13 +129,13 @@ class RegionPass:
             if unit.state is not UnitState.HOST:
                 continue  # held for the whole pass already
             network.contents.true_up(unit)
-            memory = streams.allocate(unit.nbytes)
-            unit.to(UnitState.ONLOADING)
+            memory = self._memory[unit.index] = streams.allocate(unit.nbytes)
             unit.bind(memory)
+            self._on_device.append(unit)
+            unit.to(UnitState.ONLOADING)
             start = streams.record(streams.onload_stream, timing=True)
             streams.copy(memory, unit.master, streams.onload_stream)
             self._copies.append((unit.nbytes, start, streams.record(streams.onload_stream, timing=True)))
-            self._on_device.append(unit)
         end = streams.record(streams.onload_stream)
         streams.synchronize(end)
         streams.wait(streams.current_stream(), end)
@@ -165,14 +166,15 @@ class RegionPass:
 
     def _unload(self, unit: Unit, keep: bool) -> None:
         streams = self._streams
-        memory = unit.memory
-        consumed = streams.record(self._consumer)  # not the calling thread's: another one may close the pass
+        memory = self._memory[unit.index]
+        consumed = streams.record(self.consumer)  # not the calling thread's: another one may close the pass
         if self._gradients:
-            streams.share(memory, self._consumer)
+            streams.share(memory, self.consumer)
         if unit.state is UnitState.ONLOADING:  # an error came between its copy and its publication
             streams.synchronize(streams.record(streams.onload_stream))
             unit.to(UnitState.HOST)
             unit.unbind()
+            del self._memory[unit.index]
             streams.free(memory, (consumed,))
             return
         change = unit.device_change()
@@ -194,6 +196,7 @@ class RegionPass:
         self._gradients_follow(unit)
         unit.to(UnitState.HOST)
         unit.unbind()
+        del self._memory[unit.index]
         if keep and change is not Change.LAYOUT:
             self._network.kept.put(unit, memory, consumed)
         else:
@@ -205,8 +208,8 @@ class RegionPass:
         What was observed, or None when nothing was."""
         self._mark(None)
         streams = self._streams
-        if streams.current_stream() != self._consumer:  # another thread closes the pass; loose tensors leave on its stream
-            streams.wait(streams.current_stream(), streams.record(self._consumer))
+        if streams.current_stream() != self.consumer:  # another thread closes the pass; loose tensors leave on its stream
+            streams.wait(streams.current_stream(), streams.record(self.consumer))
         with self._network.judged(False):
             self._let_go(all_of_them=True, keep=keep and not self._gradients)
             self._leave_loose(self._root_loose)
@@ -222,6 +225,17 @@ class RegionPass:
         fired = frozenset(number for number, ref in self._fired.items() if ref() is not None)
         inside = {outer: frozenset(inner) for outer, inner in self._inside.items()}
         return Observed(tuple(firings), fired, inside, self._bandwidth())
+
+    # -- after a fault of ours -----------------------------------------------------------------------------------------
+    @property
+    def blocks(self) -> list[torch.Tensor]:
+        """Device memory of units."""
+        return list(self._memory.values())
+
+    def abandon(self) -> None:
+        """Loose tensors go home; `blocks` are the caller's to free. Nothing is in flight, and units are home already."""
+        for loose in (self._loose, self._root_loose):
+            self._leave_loose(loose)
 
     def _bandwidth(self) -> float:
         """From the largest copies, which make up half of the bytes: in small ones the latency drowns the rate."""

@@ -63,6 +63,11 @@ class Slots:
         """Units that have a place taken."""
         return [self._units[index] for index in self._ring.live]
 
+    @property
+    def own_blocks(self) -> list[torch.Tensor]:
+        """Memory of units without a place."""
+        return list(self._own.values())
+
     def fences(self) -> Sequence[Event]:
         """What whoever overwrites the ring must have waited for."""
         return self._ring.fences()

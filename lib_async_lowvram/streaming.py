@@ -17,6 +17,7 @@ from lib_async_lowvram.changeover import Changeover
 from lib_async_lowvram.core.states import HOST, READY, WRITE_BACK
 from lib_async_lowvram.device.arena import Arena
 from lib_async_lowvram.device.loose import LooseTensors
+from lib_async_lowvram.device.streams import Stream
 from lib_async_lowvram.leaf_clock import LeafClock
 from lib_async_lowvram.residents import Residents
 from lib_async_lowvram.slots import Slots
@@ -170,3 +171,18 @@ class Streaming:
         self._leave_loose()
         self._slots.close((consumed, *settled))
         self.arena.close((consumed, *settled))
+
+    # -- after a fault of ours -----------------------------------------------------------------------------------------
+    @property
+    def consumer(self) -> Stream:
+        """The stream that computed last."""
+        return self.uses.consumer
+
+    @property
+    def blocks(self) -> list[torch.Tensor]:
+        """Device memory that is held, but for the loose tensors' own."""
+        return [*self._slots.own_blocks, *self.arena.blocks]
+
+    def abandon(self) -> None:
+        """Loose tensors go home; `blocks` are the caller's to free. Nothing is in flight, and units are home already."""
+        self._leave_loose()

@@ -42,9 +42,14 @@ class Arena:
             block = self._blocks[unit] = self._streams.allocate(nbytes)
         return block[:nbytes]
 
+    @property
+    def blocks(self) -> list[torch.Tensor]:
+        """All memory held."""
+        return [*([] if self._slab is None else [self._slab]), *self._blocks.values()]
+
     def share(self, stream: Stream) -> None:
         """Autograd may keep views of all of it, and read them on `stream`."""
-        for block in [*([] if self._slab is None else [self._slab]), *self._blocks.values()]:
+        for block in self.blocks:
             self._streams.share(block, stream)
 
     def adopt(self, unit: int, block: torch.Tensor) -> None:

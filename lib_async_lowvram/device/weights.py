@@ -255,6 +255,18 @@ class Unit:
                 parameter.data = entry.master
                 entry.version = parameter._version
 
+    def held(self) -> list[tuple[nn.Parameter | None, Entry]] | None:
+        """What the members hold now under each packed name, and its entry. None when they hold another number of parameters."""
+        found = []
+        for ref, count, absent, mine in self._parts:
+            module = ref()
+            if module is None:
+                continue
+            if sum(parameter is not None for parameter in module._parameters.values()) != count - len(absent):
+                return None
+            found += [(module._parameters.get(entry.name), entry) for entry in mine]
+        return found
+
     def host_change(self) -> Change:
         """What differs from the master, looking at parameters that should point there."""
         return self._change(False)
