@@ -156,7 +156,7 @@ class Contents:
 
     def _guard(self, unit: Unit) -> None:
         context = self._context
-        if unit.nbytes and not context.host.is_pinned(unit.master):
+        if unit.nbytes and not unit.borrowed and not context.host.is_pinned(unit.master):
             context.host.pin(unit.master)
         if context.host_ranges is not None and unit.nbytes:
             context.host_ranges.add(unit.master)
@@ -217,5 +217,8 @@ class Contents:
 
     def unpin(self) -> None:
         """The masters become ordinary host memory."""
-        for unit in self.units:
-            self._context.host.unpin(unit.master)
+        host = self._context.host
+        with host.borrowers_held():
+            for unit in self.units:
+                if not unit.borrowed:
+                    host.unpin(unit.master)

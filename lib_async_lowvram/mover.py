@@ -34,7 +34,7 @@ from lib_async_lowvram.core.stats import Trace
 from lib_async_lowvram.device.address_ranges import HostRanges
 from lib_async_lowvram.device.choose import open_streams
 from lib_async_lowvram.device.heap import trim_heap
-from lib_async_lowvram.device.host_memory import HostMemory
+from lib_async_lowvram.device.host_memory import Borrower, HostMemory
 from lib_async_lowvram.device.placement import PlacementChecker
 from lib_async_lowvram.device.streams import Streams
 from lib_async_lowvram.log import logger
@@ -72,6 +72,9 @@ class AsyncModelMover:
             checker = PlacementChecker(ranges.overlaps, counting=True)
         self.host = host or HostMemory(self.streams, self.config.pinned_limit_bytes)
         self._context = Context(self.streams, self.host, self.config, checker, ranges, shares_masters=host is not None)
+        if host is not None:
+            self._borrower = Borrower(self._context.lock, self.streams)
+            host.borrowers.add(self._borrower)
         self._networks: dict[str, Network] = {}
         self._current: Network | None = None
         self.backups = Backups(self._context, lambda: self._current)
@@ -147,6 +150,8 @@ class AsyncModelMover:
 
         def now() -> None:
             self.detach()
+            if self._context.shares_masters:
+                self.host.borrowers.discard(self._borrower)
             if self._owns_streams:
                 self.streams.close()
 

@@ -24,6 +24,9 @@ import mmap
 import os
 import sys
 import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 
@@ -70,18 +73,28 @@ class _Block(mmap.mmap):
             ledger.living.pop(self.address, None)
 
 
+class Borrower:
+    """Somebody whose copies read blocks of a `HostMemory` that somebody else pins and unpins. `lock`: held whenever copies are
+    enqueued. `streams`: that carry them."""
+
+    def __init__(self, lock: AbstractContextManager, streams: Streams) -> None:
+        self.lock, self.streams = lock, streams
+
+
 class HostMemory:
     """Allocates and pins host blocks for one device.
 
     Attributes:
         pinned_limit_bytes: the most that is pinned at any time.
         refusals: how often `pin` said no, by the limit or by the device.
+        borrowers: who else copies from these blocks; held weakly.
     """
 
     def __init__(self, streams: Streams, pinned_limit_bytes: int = 0) -> None:
         """`pinned_limit_bytes`: 0 for automatic, 40% of RAM on Windows, 60% elsewhere."""
         self.set_limit(pinned_limit_bytes)
         self.refusals = 0
+        self.borrowers: weakref.WeakSet[Borrower] = weakref.WeakSet()
         self._streams = streams
         self._ledger = _Ledger()
         self._lock = threading.Lock()
@@ -134,6 +147,16 @@ class HostMemory:
         with self._lock:
             if nbytes:
                 self._ledger.unpin(address)
+
+    @contextmanager
+    def borrowers_held(self) -> Iterator[None]:
+        """Inside, no borrower has a copy in flight, nor enqueues one. Blocks the host."""
+        with ExitStack() as locks:
+            for borrower in list(self.borrowers):
+                locks.enter_context(borrower.lock)
+                streams = borrower.streams
+                streams.synchronize(streams.record(streams.onload_stream))
+            yield
 
     def is_pinned(self, block: torch.Tensor) -> bool:
         """Whether the block is pinned now. Nothing at all counts as pinned: copying it blocks nobody."""

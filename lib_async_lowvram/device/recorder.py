@@ -103,6 +103,18 @@ class RecordingStreams(Streams):
         """How many operations were logged."""
         return self._actors.operations
 
+    # -- host threads --------------------------------------------------------------------------------------------------
+    def known(self) -> Clock:
+        """What the calling thread knows to be done, for `learn`."""
+        with self._lock:
+            return dict(self._actors.host().clock)
+
+    def learn(self, known: Clock) -> None:
+        """The calling thread goes on behind one that knew this, by means nobody sees here: it was started or joined by it, or
+        told through a queue."""
+        with self._lock:
+            join(self._actors.host().clock, known)
+
     # -- uses ----------------------------------------------------------------------------------------------------------
     def use(
         self,

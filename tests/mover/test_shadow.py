@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lib_async_lowvram import AsyncModelMover, NetworkSpec, OffloadConfig, Region
+from lib_async_lowvram.device.recorder import RecordingStreams
 from lib_async_lowvram.shadow import Shadow
 from tests.mover.chains import LEAF_BYTES, Chain, X, attached, call, on_thread, pair, same, simulated
 
@@ -124,3 +125,45 @@ def test_nobody_else_shares_a_master() -> None:
     for _ in range(3):
         same(net, twin, streams)
     mover.detach()
+
+
+def test_whose_masters_they_are_pins_and_unpins_them() -> None:
+    """Or every job with previews would leave the VAE's masters unpinned."""
+    streams = simulated()
+    sibling = streams.sibling()
+    net, _ = pair()
+    mover = attached(net, streams)
+    pinned = mover.host.pinned_bytes
+    assert pinned == 6 * LEAF_BYTES
+    own = moved(mover, shadow_of(mover, net), sibling)
+    own.close()
+    assert mover.host.pinned_bytes == pinned
+    mover.configure(OffloadConfig(budget_bytes=1, small_leaf_bytes=0, pinned_limit_bytes=1))
+    call(net, streams)
+    own = moved(mover, shadow_of(mover, net), sibling)
+    assert mover.host.pinned_bytes == 0
+    own.close()
+    mover.detach()
+    sibling.close()
+
+
+@pytest.mark.parametrize("give_back", ["a lower limit", "detach"])
+def test_masters_are_unpinned_when_nobody_copies_from_them(give_back: str) -> None:
+    streams = RecordingStreams(simulated(bandwidth=1e6))
+    sibling = streams.sibling()
+    net, _ = pair()
+    mover = attached(net, streams)
+    shadow = shadow_of(mover, net)
+    own = moved(mover, shadow, sibling)
+    call(shadow.module, sibling)
+    call(shadow.module, sibling)  # the onloads of the next pass are on their way
+    if give_back == "detach":
+        mover.detach()
+    else:
+        mover.configure(OffloadConfig(budget_bytes=1, small_leaf_bytes=0, pinned_limit_bytes=1))
+        call(net, streams)
+    streams.check()
+    own.close()
+    mover.detach()
+    sibling.close()
+    streams.check()
