@@ -63,9 +63,7 @@ class RecordingStreams(Streams):
     """
 
     def __init__(self, inner: Streams, *, keep: int = 1000, log_length: int = 10_000) -> None:
-        self.inner = inner
-        self.device, self.name = inner.device, f"recording {inner.name}"
-        self.onload_stream, self.offload_stream = inner.onload_stream, inner.offload_stream
+        self._wrap(inner)
         self.violations: list[Violation] = []
         self._keep = keep
         self._lock = threading.RLock()
@@ -76,8 +74,16 @@ class RecordingStreams(Streams):
         self._pinned: dict[int, int] = {}
         self._unpinned: deque[tuple[int, int]] = deque()
         self._memory = self._actors.new("the allocator")
-        self._actors.stream(self.onload_stream, "the onload stream")
-        self._actors.stream(self.offload_stream, "the offload stream")
+        self._name_streams("the")
+
+    def _wrap(self, inner: Streams) -> None:
+        self.inner = inner
+        self.device, self.name = inner.device, f"recording {inner.name}"
+        self.onload_stream, self.offload_stream = inner.onload_stream, inner.offload_stream
+
+    def _name_streams(self, whose: str) -> None:
+        self._actors.stream(self.onload_stream, f"{whose} onload stream")
+        self._actors.stream(self.offload_stream, f"{whose} offload stream")
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # not constructed yet
@@ -310,7 +316,13 @@ class RecordingStreams(Streams):
         return self.inner.aside()
 
     def sibling(self) -> RecordingStreams:
-        return RecordingStreams(self.inner.sibling())
+        """One recording of both: they share memory, so the judge must see what either does to it."""
+        other = RecordingStreams.__new__(RecordingStreams)
+        other.__dict__.update(self.__dict__)
+        other._wrap(self.inner.sibling())
+        with self._lock:
+            other._name_streams("a sibling's")
+        return other
 
     def close(self) -> None:
         self.inner.close()

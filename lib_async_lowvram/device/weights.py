@@ -95,7 +95,8 @@ class Unit:
         anchor: weak reference to the module whose call acquires and releases it; None for a unit nobody announces.
         nbytes: of the pack, and of a slot for it. master: the host block, uint8.
         memory: its device memory (uint8), or None. copied, written: events of the onload and the write-back in question.
-        borrowed: the master is somebody else's, who pins and unpins it. shared: several leaves hold the same bytes. must_reside: it cannot stream. resident: the plan keeps it on the device.
+        borrowed: the master is somebody else's, who pins and unpins it.
+        shared: several leaves hold the same bytes. must_reside: it cannot stream. resident: the plan keeps it on the device.
         pending: uses within the lookahead still to come. depth: acquires not yet released.
         dirty: somebody said that it was changed. suspect: taken for changed whenever it was on the device.
     """

@@ -1,0 +1,416 @@
+"""A server's life, compressed: one device, one mover, checkpoints that come and go, and everything that may happen to a pass.
+
+Problem: races show once in a thousand pictures, in combinations nobody writes a test for. Here a job is a handful of passes of
+three networks (text encoder, UNet, VAE), every pass is compared bit for bit with a twin nobody manages, and between, inside and
+beside the passes events are drawn from a seed. The device is slow and jittery, poisons what is freed, and is wrapped by the
+recorder, which judges all orderings as if every stream ran as late as it may.
+
+Used by `test_soak` (a short one) and `__main__` (as long as wanted). Deterministic but for the threads' timing.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lib_async_lowvram import AsyncModelMover, NetworkSpec, OffloadConfig, Region
+from lib_async_lowvram.device.happens_before import Clock
+from lib_async_lowvram.device.recorder import RecordingStreams
+from lib_async_lowvram.device.simulated import SimulatedStreams
+from lib_async_lowvram.preview import NoRoom, PreviewWorker
+from lib_async_lowvram.shadow import Shadow
+from tests.lora_double import LoraDouble, Network
+from tests.mover.chains import Chain, X, call, judged, on_thread
+from tests.mover.zoo import Zoo
+
+NAMES = ("text", "unet", "vae")
+CAPACITY = 8 << 20
+
+
+class Interrupted(BaseException):
+    """As the WebUI's interrupt: post hooks do not run for it."""
+
+
+class Failed(Exception):
+    """A layer's own error."""
+
+
+class Steps(Zoo):
+    """A UNet whose blocks run in any `order`, some left out or run twice."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__(blocks)
+        self.order = list(range(blocks))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.enter(x).reshape(-1, 4, 8)
+        for place in self.order:
+            x = self.blocks[place](x)
+        return self.out(x).sum(1)
+
+
+class Checkpoint:
+    """Three networks and their twins, from a seed. Attributes: nets, twins: by name."""
+
+    def __init__(self, seed: int, lora: LoraDouble) -> None:
+        blocks = random.Random(seed).choice((2, 3, 4))
+        makers = {"text": lambda: Zoo(1), "unet": lambda: Steps(blocks), "vae": lambda: Chain(4)}
+        self.seed = seed
+        self.nets, self.twins = ({name: self._made(make, seed) for name, make in makers.items()} for _ in range(2))
+        for name in NAMES:
+            lora.name_layers(self.nets[name], self.twins[name])
+
+    @staticmethod
+    def _made(make: Callable[[], nn.Module], seed: int) -> Any:
+        torch.manual_seed(seed)
+        return make().eval()
+
+    def specs(self) -> dict[str, NetworkSpec]:
+        return {"text": self.nets["text"].spec(), "unet": self.nets["unet"].spec(), "vae": self._vae(self.nets["vae"])}
+
+    @staticmethod
+    def _vae(net: Chain) -> NetworkSpec:
+        return NetworkSpec([Region(leaf) for leaf in net.leaves], net)
+
+    def both(self, name: str, action: Callable[[Any], object]) -> None:
+        for net in (self.nets[name], self.twins[name]):
+            action(net)
+
+
+class Server:
+    """See the module. Attributes: happened: how often each event was. passes: compared with the twin's. log: events, newest last."""
+
+    def __init__(self, seed: int, lora: LoraDouble) -> None:
+        self.random = random.Random(seed)
+        self.lora = lora
+        self.happened: Counter[str] = Counter()
+        self.passes = 0
+        self.log: list[str] = []
+        link = self.random.choice((2e7, 2e8, float("inf")))
+        jitter = 0.0 if link == float("inf") else self.random.choice((0.0, 1e-4))
+        self.device = SimulatedStreams(CAPACITY, link, 0.0, jitter, seed=seed)
+        self.streams = RecordingStreams(self.device)
+        self.mover = AsyncModelMover(self._config(), self.streams)
+        self.mover.on_demote = self._demoted
+        self.checkpoint = Checkpoint(seed, lora)
+        self.mover.attach(self.checkpoint.specs())
+        self.previewer: Previewer | None = None
+
+    def _demoted(self, reason: str) -> None:
+        raise AssertionError(f"gave way: {reason}")
+
+    def _config(self) -> OffloadConfig:
+        draw = self.random
+        return OffloadConfig(
+            budget_bytes=draw.choice((1, 8 << 10, 16 << 10, 24 << 10, 1 << 20)),
+            lookahead_bytes=draw.choice((0, 0, 4 << 10)),
+            pinned_limit_bytes=draw.choice((0, 0, 0, 20 << 10, 1)),
+            small_leaf_bytes=draw.choice((0, 0, 512)),
+            always_write_back=draw.random() < 0.1,
+            check_placement=True,
+        )
+
+    def _note(self, what: str, more: object = "") -> None:
+        self.happened[what] += 1
+        self.log.append(f"{what} {more}".strip())
+        del self.log[:-200]
+
+    # -- a job -----------------------------------------------------------------------------------------------------------
+    def job(self) -> None:
+        """Text, a few steps, the picture; with whatever happens."""
+        draw = self.random
+        self._note("job")
+        work = self._on_this_thread if draw.random() < 0.8 else self._elsewhere
+        try:
+            work(self._job)
+        finally:
+            self._stop_previews()
+            self.mover.drain()
+        assert self.streams.allocated_bytes == 0, "device memory is held after a job"
+        self.weights_are_the_twins()
+        self.check()
+
+    @staticmethod
+    def _on_this_thread(work: Callable[[], None]) -> None:
+        work()
+
+    def _elsewhere(self, work: Callable[[], object]) -> None:
+        """On another thread, while this one waits."""
+        streams, before = self.streams, self.streams.known()
+
+        def there() -> None:
+            streams.learn(before)
+            try:
+                work()
+            finally:
+                after.update(streams.known())
+
+        after: Clock = {}
+        try:
+            on_thread(there)
+        finally:
+            streams.learn(after)
+
+    def _job(self) -> None:
+        draw = self.random
+        self._between()
+        self.one_pass("text")
+        if draw.random() < 0.5:
+            self.one_pass("text")
+        if draw.random() < 0.5:
+            self.mover.prepare("unet")
+            self._note("prepare")
+        if draw.random() < 0.3:
+            self._start_previews()
+        for _ in range(draw.randrange(2, 8)):
+            if draw.random() < 0.3:
+                self._between_passes()
+            self.one_pass("unet")
+            if self.previewer is not None:
+                self.previewer.submit()
+        if draw.random() < 0.8:
+            self.one_pass("vae")
+
+    def one_pass(self, name: str) -> None:
+        """A pass, perhaps cut short first, perhaps with something happening inside it; compared with the twin's."""
+        net, twin, draw = self.checkpoint.nets[name], self.checkpoint.twins[name], self.random
+        roll = draw.random()
+        if roll < 0.10:
+            self._cut_short(name, net)
+        elif roll < 0.13:
+            self._starve(name, net)
+        elif roll < 0.25:
+            self._inside(net, *draw.choice((("drain from a thread", lambda: self._elsewhere(self.mover.drain)), *self._looks())))
+        elif roll < 0.28:
+            self._note("gradients", name)
+            with torch.enable_grad():
+                got, expected = net(X), twin(X)
+            assert torch.equal(got, expected), name
+            del got, expected
+        with torch.no_grad():
+            expected = twin(X)
+        assert torch.equal(call(net, self.streams), expected), name
+        self.passes += 1
+
+    def _looks(self) -> list[tuple[str, Callable[[], object]]]:
+        return [
+            ("status from a thread", lambda: self._elsewhere(self.mover.status)),
+            ("configure from a thread", lambda: self._elsewhere(lambda: self.mover.configure(self._config()))),
+            ("prepare from a thread", lambda: self._elsewhere(lambda: self.mover.prepare(self.random.choice(NAMES)))),
+            ("a slower link", lambda: self._link(2e6)),
+            ("a faster link", lambda: self._link(1e9)),
+        ]
+
+    def _link(self, bandwidth: float) -> None:
+        self.device.bandwidth = bandwidth
+
+    def _inside(self, net: nn.Module, what: str, action: Callable[[], object]) -> None:
+        """`action` in the middle of the next pass, once."""
+        leaf = self.random.choice([module for module in net.modules() if next(module.children(), None) is None])
+        self._note(what)
+
+        def once(*_: object) -> None:
+            handle.remove()
+            action()
+
+        handle = leaf.register_forward_pre_hook(once)
+
+    def _cut_short(self, name: str, net: nn.Module) -> None:
+        error = self.random.choice((Interrupted, Failed))
+        self._note(f"cut short by {error.__name__}", name)
+
+        def fail() -> None:
+            raise error
+
+        self._inside(net, "a leaf raises", fail)
+        try:
+            call(net, self.streams)
+        except (Interrupted, Failed):
+            return  # a leaf that this order leaves out raises in a later pass: never, its hook is gone by then
+        self._forget_hooks(net)
+
+    @staticmethod
+    def _forget_hooks(net: nn.Module) -> None:
+        for module in net.modules():
+            for key in [key for key, hook in module._forward_pre_hooks.items() if hook.__name__ == "once"]:
+                del module._forward_pre_hooks[key]
+
+    def _starve(self, name: str, net: nn.Module) -> None:
+        """Somebody else takes nearly all device memory for the time of one pass."""
+        self._note("device memory taken", name)
+        if self.random.random() < 0.5:
+            self.mover.drain()
+        hog = self.device.allocate(max(0, self.device.free_memory() - self.random.randrange(0, 16 << 10)) // 512 * 512)
+        try:
+            call(net, self.streams)
+        except torch.cuda.OutOfMemoryError:
+            self._note("out of memory", name)
+        finally:
+            self.device.free(hog)
+
+    # -- between passes and jobs -------------------------------------------------------------------------------------------
+    def _between_passes(self) -> None:
+        draw = self.random
+        what = draw.choice(("budget", "order", "lora", "drain", "write", "replace", "dirty"))
+        self._note(what)
+        if what == "budget":
+            self.mover.configure(self._config())
+        elif what == "order":
+            count = len(self.checkpoint.nets["unet"].blocks)
+            order = [draw.randrange(count) for _ in range(draw.randrange(1, count + 2))] if draw.random() < 0.7 else list(range(count))
+            self.checkpoint.both("unet", lambda net: setattr(net, "order", order))
+        elif what == "lora":
+            count = draw.randrange(3)
+            self.lora.want(*(Network(draw.choice("ab"), draw.choice((0.5, 1.0)), biased=lambda name: "wide" in name) for _ in range(count)))
+        elif what == "drain":
+            self.mover.drain()
+        else:
+            self.mover.drain()  # the rule for whoever changes weights on the host
+            # A preview shows what the VAE was when the job's previews began.
+            self._change(draw.choice(NAMES if self.previewer is None else NAMES[:2]), what)
+
+    def _change(self, name: str, what: str) -> None:
+        place = self.random.randrange(1000)
+
+        @torch.no_grad()
+        def change(net: nn.Module) -> None:
+            leaves = [module for module in net.modules() if isinstance(getattr(module, "weight", None), nn.Parameter)]
+            leaf = leaves[place % len(leaves)]
+            if what == "write":
+                leaf.weight.mul_(0.5)
+            elif what == "replace":
+                leaf.weight = nn.Parameter(leaf.weight.detach() * 0.75, requires_grad=False)
+            else:
+                leaf.weight.data.mul_(0.5)
+                self.mover.mark_dirty(leaf)
+
+        self.checkpoint.both(name, change)
+
+    def _between(self) -> None:
+        """Before a job."""
+        roll = self.random.random()
+        if roll < 0.15:
+            self._switch()
+        elif roll < 0.25:
+            self._load_in_place()
+        elif roll < 0.30:
+            self._note("a module put in")
+            self.checkpoint.both("unet", lambda net: setattr(net.blocks[0], "adapter", nn.LayerNorm(8)))
+        elif roll < 0.35:
+            self._note("detached and attached again")
+            self.mover.detach()
+            self.mover.attach(self.checkpoint.specs())
+
+    def _switch(self) -> None:
+        """Another checkpoint: the old one is dropped."""
+        self._note("switch")
+        self.mover.detach()
+        self.lora.want()
+        self.checkpoint = Checkpoint(self.random.randrange(1 << 30), self.lora)
+        gc.collect()
+        self.mover.attach(self.checkpoint.specs())
+
+    def _load_in_place(self) -> None:
+        """Another checkpoint into the same modules, as WebUI does for one of the same kind."""
+        self._note("load in place")
+        self.mover.drain()
+        self.lora.want()
+        seed = self.random.randrange(1 << 30)
+
+        def load(net: nn.Module) -> None:
+            generator = torch.Generator().manual_seed(seed)
+            state = net.state_dict()
+            net.load_state_dict({name: torch.randn(value.shape, generator=generator) / 4 for name, value in state.items()})
+
+        for name in NAMES:
+            self.checkpoint.both(name, load)
+
+    # -- previews ----------------------------------------------------------------------------------------------------------
+    def _start_previews(self) -> None:
+        self._note("previews")
+        self.mover.drain()
+        self.previewer = Previewer(self)
+
+    def _stop_previews(self) -> None:
+        previewer, self.previewer = self.previewer, None
+        if previewer is not None:
+            previewer.close()
+
+    # -- verdict -----------------------------------------------------------------------------------------------------------
+    def weights_are_the_twins(self) -> None:
+        """After a drain, whoever reads the managed weights reads the twin's. Layers that LoRA will only reach in their next
+        forward may differ: a pass was cut short or left them out."""
+        for name in NAMES:
+            mine, theirs = self.checkpoint.nets[name], self.checkpoint.twins[name]
+            for (label, module), twin in zip(mine.named_modules(), theirs.modules(), strict=True):
+                if getattr(module, "network_current_names", ()) != getattr(twin, "network_current_names", ()):
+                    continue
+                for key, value in module._parameters.items():
+                    other = twin._parameters[key]
+                    assert (value is None) == (other is None), f"{name}.{label}.{key}"
+                    assert value is None or torch.equal(value, other), f"{name}.{label}.{key}"
+
+    def check(self) -> None:
+        """Nothing went wrong so far."""
+        self.streams.check()
+        status = self.mover.status()
+        assert status["placement_faults"] == 0, status["last_error"]
+        assert status["state"] in ("active", "learning"), status
+
+    def close(self) -> None:
+        """The server goes down."""
+        self._stop_previews()
+        self.mover.detach()
+        assert self.streams.allocated_bytes == 0
+        self.streams.check()
+        self.device.close()
+        for model in self.checkpoint.nets.values():
+            self._forget_hooks(model)  # of leaves that the order left out
+            assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Previewer:
+    """Frames decoded by a shadow of the VAE, on a thread and streams of their own, beside the passes."""
+
+    def __init__(self, server: Server) -> None:
+        vae, mover = server.checkpoint.nets["vae"], server.mover
+        with torch.no_grad():
+            self._expected = server.checkpoint.twins["vae"](X)
+        masters = mover.masters(["vae"])
+        self._shadow = Shadow(vae, lambda parameter: masters.get(id(parameter)))
+        self._streams = server.streams.sibling()
+        config = OffloadConfig(budget_bytes=1, small_leaf_bytes=0)
+        self._mover = AsyncModelMover(config, self._streams, host=mover.host)
+        self._mover.attach({"vae": Checkpoint._vae(self._shadow.module)})
+        self._worker = PreviewWorker(self._streams, mover.host, lambda pixels: pixels, lambda shown: None)
+        self._wrong = 0
+        self._count = 0
+
+    def submit(self) -> None:
+        """Another frame."""
+        self._count += 1
+        self._worker.submit(torch.zeros(1, 4, 2, 2), self._decode, self._count)
+
+    def _decode(self, latent: torch.Tensor) -> torch.Tensor:
+        try:
+            with judged(self._streams):
+                got = self._shadow.module(X)
+        except torch.cuda.OutOfMemoryError as error:
+            raise NoRoom from error  # somebody took it all
+        if not torch.equal(got, self._expected):
+            self._wrong += 1
+        return latent[:, :3]
+
+    def close(self) -> None:
+        """The last frame is waited for; none was wrong."""
+        self._worker.close()
+        assert self._wrong == 0, "a preview was wrong"
+        assert self._worker.counters.errors == 0
+        self._mover.close()
+        self._streams.close()
