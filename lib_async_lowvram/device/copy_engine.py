@@ -8,7 +8,9 @@ Timing: the engine keeps a *link clock*. A copy starts at max(end of the one bef
 never the schedule. Bytes are moved at the start of that window, by `ctypes.memmove`: it releases the GIL, starts no
 OpenMP team, and no `TorchDispatchMode` sees it.
 
-Errors: what a copy raises is carried by the events recorded after it, until one carried it and another copy began.
+Errors: nothing that was submitted behind a copy that failed happens, and every event there carries its error, on whichever engine
+waited for one; until a host thread has been told (`forget`). So nobody overwrites what a failed copy should have brought to
+safety, and nobody computes with what it did not bring.
 
 Threads: `submit`, `hold` and `stop` from any; everything else on the engine's own daemon thread, started at the first
 submit (I7). The engine does not know the `SimulatedStreams` that owns it, so that one can be collected.
@@ -121,8 +123,8 @@ class CopyEngine:
         self._holds = 0
         self._permits = 0
         self._released_s = 0.0
-        self._error: BaseException | None = None
-        self._error_carried = False
+        self.error: BaseException | None = None
+        """Of the copy that failed, until somebody was told. On the engine's thread."""
 
     def __repr__(self) -> str:
         return f"<simulated {self.lane} stream>"
@@ -180,7 +182,7 @@ class CopyEngine:
             try:
                 operation(self)
             except BaseException as error:  # noqa: BLE001 - whatever a copy or a hook raised belongs to the events that follow
-                self._error, self._error_carried = error, False
+                self.error = error
             del operation  # it keeps its tensors alive
 
     def begin_copy(self) -> int:
@@ -193,22 +195,22 @@ class CopyEngine:
                     self.link_clock_s = max(self.link_clock_s, time.perf_counter())
             self.link_clock_s = max(self.link_clock_s, self._released_s)  # held copies were ready no earlier
             number, self.copies = self.copies, self.copies + 1
-        if self._error_carried:
-            self._error, self._error_carried = None, False
         return number
-
-    def take_error(self) -> BaseException | None:
-        """What an event recorded now must carry."""
-        self._error_carried = self._error is not None
-        return self._error
 
     def inherit(self, event: SimulatedEvent) -> None:
         """Everything from here on comes after `event`."""
         event.block()
         self.link_clock_s = max(self.link_clock_s, event.reached_s)
         self.last_reached_s = max(self.last_reached_s, event.reached_s)
-        if event.error is not None:
-            self._error, self._error_carried = event.error, False
+        self.error = event.error or self.error
+
+    def forget(self, error: BaseException) -> None:
+        """A host thread has been told; what it submits from here on happens again."""
+        with self._changed:
+            if self._closed or self._thread is None:
+                return
+            self._queue.append(lambda engine: setattr(engine, "error", None if engine.error is error else engine.error))
+            self._changed.notify_all()
 
     def delay(self) -> float:
         return self._random.uniform(0.0, self.link.jitter_seconds) if self.link.jitter_seconds > 0 else 0.0
@@ -226,6 +228,8 @@ class CopyOperation:
     def __call__(self, engine: CopyEngine) -> None:
         number, link, nbytes = engine.begin_copy(), engine.link, self._source.numel()
         start = max(engine.link_clock_s, self._ready_s) + engine.delay()
+        if engine.error is not None:
+            return  # behind one that failed
         sleep_until(start)
         error = link.fail_copy(number) if link.fail_copy is not None else None
         if error is None:

@@ -142,7 +142,7 @@ class SimulatedStreams(Streams):
         if isinstance(stream, ComputeStream):
             return SimulatedEvent(timing=timing, reached_s=now)
         event = SimulatedEvent(timing=timing)
-        self._engine(stream).submit(lambda engine: event.reach(max(engine.last_reached_s, now), engine.take_error()))
+        self._engine(stream).submit(lambda engine: event.reach(max(engine.last_reached_s, now), engine.error))
         return event
 
     def wait(self, stream: Stream, event: Event) -> None:
@@ -159,8 +159,7 @@ class SimulatedStreams(Streams):
             event.block()
             with self._lock:
                 self.stall_seconds += time.perf_counter() - begin
-        if event.error is not None:
-            raise event.error
+        self._tell(event)
 
     def done(self, event: Event) -> bool:
         return _simulated(event).reached
@@ -170,8 +169,17 @@ class SimulatedStreams(Streams):
         with self._lock:
             self.host_waits += 1
         event.block()
+        self._tell(event)
+
+    def _tell(self, event: SimulatedEvent) -> None:
         if event.error is not None:
+            for engine in self._engines:
+                engine.forget(event.error)
             raise event.error
+
+    def failed(self, event: Event) -> bool:
+        event = _simulated(event)
+        return event.reached and event.error is not None
 
     def elapsed(self, start: Event, end: Event) -> float:
         start, end = _simulated(start), _simulated(end)
@@ -211,15 +219,17 @@ class SimulatedStreams(Streams):
         if after.reached:
             # On the onload engine, which is idle or asleep most of the time and writes to most discarded memory next.
             def on_engine(engine: CopyEngine) -> None:
-                poison(memory)
-                event.reach(max(engine.last_reached_s, after.reached_s))
+                if after.error is None:
+                    poison(memory)
+                event.reach(max(engine.last_reached_s, after.reached_s), after.error)
 
             self.onload_stream.submit(on_engine)
         else:
             # On whatever thread reaches `after`: queued behind a wait on an engine it would hold up that engine's copies.
             def when_reached() -> None:
-                poison(memory)
-                event.reach(after.reached_s)
+                if after.error is None:  # else this may be the only copy of what should have been saved
+                    poison(memory)
+                event.reach(after.reached_s, after.error)
 
             after.on_reach(when_reached)
         return event
@@ -246,7 +256,8 @@ class SimulatedStreams(Streams):
             return
         # The tensor lives on in the callback: its memory goes to nobody else before the last event. Poisoned memory is not
         # handed out again, so that who still reads it goes on reading NaN.
-        _when_all_reached(events, lambda: poison(block) if self.poison else self._memory.recycle(block))
+        # Nor is what a failed copy should have saved from there.
+        _when_all_reached(events, lambda: any(event.error for event in events) or (poison if self.poison else self._memory.recycle)(block))
 
     @property
     def allocated_bytes(self) -> int:

@@ -85,6 +85,11 @@ class Streams(ABC):
     def synchronize(self, event: Event) -> None:
         """Block the calling host thread until `event`. Counted in `host_waits`; raises what the copy raised."""
 
+    def failed(self, event: Event) -> bool:
+        """Whether `event` is known to come behind a copy that failed, and did not happen. False where a failed copy leaves a device that
+        does nothing any more (CUDA)."""
+        return False
+
     @abstractmethod
     def elapsed(self, start: Event, end: Event) -> float:
         """Seconds between two timing events that are both done."""

@@ -223,25 +223,47 @@ def test_copying_nothing_is_nothing(streams):
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
-def test_a_failed_copy_fails_the_events_that_follow_until_one_told_and_another_copy_began(streams):
+def test_nothing_behind_a_failed_copy_happens_until_the_host_was_told(streams):
     memory = HostMemory(streams)
     source, block = host_block(memory, [1]), streams.allocate(1)
     streams.fail_copy = lambda number: OSError("bus") if number == 0 else None
     before = streams.record(streams.onload_stream)
     streams.copy(block, source, streams.onload_stream)
-    streams.copy(block, source, streams.onload_stream)  # same unit, no event between: still told
     failed = streams.record(streams.onload_stream)
-    also = streams.record(streams.onload_stream)
     streams.copy(block, source, streams.onload_stream)
-    good = streams.record(streams.onload_stream)
+    behind = streams.record(streams.onload_stream)
     streams.synchronize(before)
-    for event in (failed, also):
+    assert not streams.failed(before)
+    for event in (failed, behind):
         with pytest.raises(OSError, match="bus"):
             streams.synchronize(event)
         with pytest.raises(OSError, match="bus"):
             streams.wait(streams.current_stream(), event)
-        assert streams.done(event)
-    streams.synchronize(good)
+        assert streams.done(event) and streams.failed(event)
+    assert block.tolist() == [255]
+    streams.copy(block, source, streams.onload_stream)
+    streams.synchronize(streams.record(streams.onload_stream))
+    assert block.tolist() == [1]
+
+
+def test_what_a_failed_copy_should_have_saved_is_neither_overwritten_nor_poisoned(streams):
+    memory = HostMemory(streams)
+    source, other, target = (host_block(memory, [value]) for value in (1, 2, 3))
+    block = streams.allocate(1)
+    streams.copy(block, source, streams.onload_stream)
+    streams.synchronize(streams.record(streams.onload_stream))
+    streams.fail_copy = lambda number: OSError("bus") if streams.offload_stream.copies else None
+    with streams.hold_copies("offload"):
+        streams.copy(target, block, streams.offload_stream)
+        saved = streams.record(streams.offload_stream)
+        free = streams.discard(block, saved)
+        streams.wait(streams.onload_stream, free)
+        streams.copy(block, other, streams.onload_stream)
+        overwritten = streams.record(streams.onload_stream)
+    with pytest.raises(OSError, match="bus"):
+        streams.synchronize(overwritten)
+    assert block.tolist() == [1] and target.tolist() == [3]
+    streams.free(block, (saved,))
     assert block.tolist() == [1]
 
 
