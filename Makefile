@@ -1,23 +1,28 @@
 # Everything sets itself up in .venv: a fresh machine needs git, make and Python >= 3.10 with venv.
 #   make demo    an SD1.5-shaped UNet under stock and under asynchronous moving: table, timeline, trace in demo/
 #   make test    lint and tests
+#   make soak    jobs with random events under the judges, for a quarter of an hour or so; PASSES=N for more or fewer
 #   make lint    ruff only
 #   make clean   remove .venv, caches and demo/
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+PASSES ?= 20000
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO_READY := $(VENV)/.demo-ready
 TEST_READY := $(VENV)/.test-ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 demo: $(DEMO_READY)
 	$(BIN)/python -m lib_async_lowvram demo --out demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+soak: $(TEST_READY)
+	$(BIN)/python -m tests.soak --passes $(PASSES)
 
 lint: $(TEST_READY)
 	$(BIN)/python -m ruff check .
