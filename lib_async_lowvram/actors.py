@@ -12,7 +12,6 @@ from torch import nn
 
 from lib_async_lowvram.arguments import moved, shape_of
 from lib_async_lowvram.device.weights import Unit
-from lib_async_lowvram.rescue import is_ours
 
 if TYPE_CHECKING:
     from lib_async_lowvram.network import Network
@@ -35,10 +34,9 @@ class SpanActor:
             network.begin_pass(shape=shape_of(args, kwargs))
             try:
                 network.calls.running(module)
-            except Exception as error:
-                if not is_ours(error):
+            except BaseException as error:
+                if not network.met(error, goes_on=True, module=module):
                     raise
-                network.give_way(error, goes_on=True, module=module)
         return moved(args, kwargs, network.context.streams.device)
 
     def after(self, module: nn.Module) -> None:
@@ -63,10 +61,9 @@ class UnitActor:
         with network.context.lock:
             try:
                 network.calls.acquire(self._unit, module)
-            except Exception as error:
-                if not is_ours(error):
+            except BaseException as error:
+                if not network.met(error, goes_on=True, module=module):
                     raise
-                network.give_way(error, goes_on=True, module=module)
         return moved(args, kwargs, network.context.streams.device)
 
     def after(self, module: nn.Module) -> None:
@@ -74,10 +71,9 @@ class UnitActor:
         with network.context.lock:
             try:
                 network.calls.release(self._unit)
-            except Exception as error:
-                if not is_ours(error):
+            except BaseException as error:
+                if not network.met(error, goes_on=True, module=module):
                     raise
-                network.give_way(error, goes_on=True, module=module)
 
 
 class ObserverActor:
@@ -93,10 +89,9 @@ class ObserverActor:
         with network.context.lock:
             try:
                 network.calls.observe(module)
-            except Exception as error:
-                if not is_ours(error):
+            except BaseException as error:
+                if not network.met(error, goes_on=True, module=module):
                     raise
-                network.give_way(error, goes_on=True, module=module)
         return moved(args, kwargs, network.context.streams.device) if module._parameters else None
 
     def after(self, module: nn.Module) -> None:
@@ -104,7 +99,6 @@ class ObserverActor:
         with network.context.lock:
             try:
                 network.calls.observed(module)
-            except Exception as error:
-                if not is_ours(error):
+            except BaseException as error:
+                if not network.met(error, goes_on=True, module=module):
                     raise
-                network.give_way(error, goes_on=True, module=module)

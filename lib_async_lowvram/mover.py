@@ -29,7 +29,6 @@ from lib_async_lowvram.backups import Backups
 from lib_async_lowvram.claims import refuse_claimed
 from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.context import Context
-from lib_async_lowvram.core.states import UnitState
 from lib_async_lowvram.core.stats import Trace
 from lib_async_lowvram.device.address_ranges import HostRanges
 from lib_async_lowvram.device.choose import open_streams
@@ -41,6 +40,8 @@ from lib_async_lowvram.log import logger
 from lib_async_lowvram.measured import Measured
 from lib_async_lowvram.network import Network
 from lib_async_lowvram.network_spec import NetworkSpec
+from lib_async_lowvram.shadow import masters_of
+from lib_async_lowvram.shedding import shed
 from lib_async_lowvram.status import describe
 
 PATIENCE_SECONDS, LOOK_SECONDS = 120, 0.1
@@ -277,6 +278,13 @@ class AsyncModelMover:
             if self.on_network_change is not None:
                 self.on_network_change(None)
 
+    def shed(self, name: str) -> int:
+        """Device memory ran out in a pass of `name` on the calling thread, which is over: see `shedding.shed`. Bytes."""
+        with self._context.lock:
+            network = self._networks.get(name)
+            mine = network is not None and network is self._current and not (network.thread != threading.get_ident() and network.busy)
+            return shed(network) if mine else 0
+
     def configure(self, config: OffloadConfig) -> None:
         """Use another configuration from the next pass on."""
         if config != self.config:
@@ -300,18 +308,9 @@ class AsyncModelMover:
                 self.on_demote(reason)
 
     def masters(self, names: Iterable[str]) -> dict[int, torch.Tensor]:
-        """id of each managed Parameter of these networks -> the host tensor that holds its value, changes made on the host
-        included. True until somebody changes it."""
-        found: dict[int, torch.Tensor] = {}
+        """See `shadow.masters_of`."""
         with self._context.lock:
-            for name in names:
-                network = self._networks[name]
-                for unit in network.contents.units:
-                    if unit.state is UnitState.HOST and network is not self._current:
-                        network.contents.true_up(unit)
-                    for mine in unit.entries:
-                        found.update({id(seen): entry.master for entry in mine if (seen := entry.seen()) is not None})
-        return found
+            return masters_of([self._networks[name] for name in names], self._current)
 
     @property
     def known(self) -> tuple[Measured, Activations]:

@@ -32,7 +32,7 @@ from lib_async_lowvram.pass_clock import PassClock
 from lib_async_lowvram.passes import Passes
 from lib_async_lowvram.planning import Planning
 from lib_async_lowvram.region_pass import Observed, RegionPass
-from lib_async_lowvram.rescue import abandon, is_ours
+from lib_async_lowvram.rescue import abandon, in_one_line, is_ours
 from lib_async_lowvram.running import is_running
 from lib_async_lowvram.streaming import Streaming
 
@@ -106,10 +106,9 @@ class Network:
             return  # meanwhile: this call's hooks are its last, and its weights are where stock's moves look for them
         try:
             self._begin_pass(announced, shape)
-        except Exception as error:
-            if not is_ours(error):
+        except BaseException as error:
+            if not self.met(error, goes_on=True):
                 raise
-            self.give_way(error, goes_on=True)
 
     def _begin_pass(self, announced: bool, shape: Hashable) -> None:
         self.end_pass(complete=self.calls.end_by_themselves)
@@ -294,13 +293,29 @@ class Network:
     # -- faults --------------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
-        """Work of ours at a pass's end or between two: a fault in it (`rescue.is_ours`) does not reach the host."""
+        """Work of ours at a pass's end or between two: an error in it does not reach the host, unless weights were lost by it."""
         try:
             yield
-        except Exception as error:
-            if not is_ours(error):
+        except BaseException as error:
+            if not self.met(error):
                 raise
-            self.give_way(error)
+
+    def met(self, error: BaseException, goes_on: bool = False, module: nn.Module | None = None) -> bool:
+        """Something was raised in the middle of our work; whether the host need not know. A fault of ours (`rescue.is_ours`): see
+        `give_way`. Anything else, a device without memory, a copy that failed, an interrupt: the weights are brought home and all
+        memory is given back, and the pass is over, if one is open. The next one starts anew."""
+        if is_ours(error):
+            self.give_way(error, goes_on, module)
+            return True
+        lost = abandon(self)
+        if self.learned is None:
+            self.hooks.observe(not self.detached)
+        elif not self.detached:
+            self.hooks.units_on()
+        self._passes.last_error = f"{self.name}: {in_one_line(error)}"
+        logger.warning("%s; its weights are %s", self._passes.last_error, "not all on the host" if lost else "back on the host")
+        self.end_pass(complete=False)
+        return isinstance(error, Exception) and not goes_on and not lost
 
     def give_way(self, error: Exception, goes_on: bool = False, module: nn.Module | None = None) -> None:
         """We are wrong, and say so: everything is put back, and the mover gives way to stock as soon as no pass is open. One that
@@ -321,7 +336,9 @@ class Network:
 
     def detach(self) -> None:
         """Leave, take every hook off, unpin."""
-        self.leave()
-        self.detached = True
-        self.hooks.remove()
-        self.contents.release()
+        try:
+            self.leave()
+        finally:
+            self.detached = True
+            self.hooks.remove()
+            self.contents.release()

@@ -12,7 +12,13 @@ if TYPE_CHECKING:
 
 
 class Passes(Protocol):
-    """What the networks of one device need of each other, since one pass runs at a time."""
+    """What the networks of one device need of each other, since one pass runs at a time.
+
+    Attributes:
+        last_error: the newest one, in one line; for the status.
+    """
+
+    last_error: str
 
     def wait_for_turn(self) -> None:
         """A pass wants to start: returns when no other thread is in the middle of one. Raises `RuntimeError` when that takes too

@@ -226,7 +226,10 @@ class RegionPass:
         inside = {outer: frozenset(inner) for outer, inner in self._inside.items()}
         return Observed(tuple(firings), fired, inside, self._bandwidth())
 
-    # -- after a fault of ours -----------------------------------------------------------------------------------------
+    # -- after an error -----------------------------------------------------------------------------------------------
+    unsaved = ()
+    """Every write-back is waited for while its unit is still published."""
+
     @property
     def blocks(self) -> list[torch.Tensor]:
         """Device memory of units."""

@@ -1,15 +1,16 @@
-"""After a fault of ours: every weight back on the host, whatever state anything claims to be in.
+"""After an error in the middle of our work: every weight back on the host, whatever state anything claims to be in.
 
 Problem: a bug in the mover - an illegal transition, a table that lacks an entry, an assertion - is found in the middle of a
 pass, when some weights are on the device, others on their way, and the bookkeeping says what is not so. The host's picture must
-not pay for it (I6). What can still be trusted are the parameters themselves: each points at its master, or at the device memory
-that its unit was bound to, or at something that somebody put there.
+not pay for it (I6). A device that is out of memory, a copy that fails, an interrupt leave things just as unfinished, and the next
+picture must not pay for that. What can still be trusted are the parameters themselves: each points at its master, or at the device
+memory that its unit was bound to, or at something that somebody put there.
 
 So: wait for the device, copy what was changed and not yet written back, point everything at the masters, and give all memory
-back; nothing here looks at a state or makes a transition. What fails on the way is logged and the rest is still done.
+back; nothing here looks at a state or makes a transition. What fails on the way is told and the rest is still done.
 
 Which errors are ours (`is_ours`): a device that is out of memory, or broken, raises RuntimeErrors of torch's, which stock would
-have raised as well and which go to the host. Called by `network` under the mover's lock.
+have raised as well and which go to the host (`network.Network.met`). Called by `network` under the mover's lock.
 """
 
 from __future__ import annotations
@@ -36,16 +37,26 @@ def is_ours(error: BaseException) -> bool:
     )
 
 
-def attempt(what: str, action: Callable[[], object]) -> None:
-    """Do one part of the clearing up; what fails is logged, and the rest is done all the same."""
+def in_one_line(error: BaseException) -> str:
+    """Type and first line of the message."""
+    text = str(error)
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def attempt(what: str, action: Callable[[], object]) -> str:
+    """Do one part of the clearing up; the rest is done all the same when it fails. Then, what failed, in one line; else ""."""
     try:
         action()
-    except Exception:
-        logger.exception("after a fault, while %s", what)
+    except Exception as error:
+        if is_ours(error):
+            logger.exception("after an error, while %s", what)
+        return f"{what}: {in_one_line(error)}"
+    return ""
 
 
-def abandon(network: Network) -> None:
-    """Weights home, device memory given back, units' hooks taken off, whatever has gone wrong."""
+def abandon(network: Network) -> list[str]:
+    """Weights home, device memory given back, units' hooks taken off, whatever has gone wrong. The weights that could not be
+    brought home, and why; usually none."""
     streams, contents = network.context.streams, network.contents
     with network.judged(False):
         holding = [each for each in (network.streaming, network.regions, network.left_standing) if each is not None]
@@ -53,20 +64,30 @@ def abandon(network: Network) -> None:
         for stream in (*(each.consumer for each in holding), streams.current_stream(), streams.onload_stream, streams.offload_stream):
             attempt("waiting for the device", lambda stream=stream: streams.synchronize(streams.record(stream)))
         blocks = [block for each in holding for block in each.blocks]
+        problems = [
+            attempt("saving changed weights", lambda master=master, memory=memory: master.copy_(memory))
+            for each in holding
+            for master, memory, written in each.unsaved
+            if streams.failed(written)  # then nobody has overwritten what it should have saved
+        ]
         for unit in contents.units:
-            attempt(f"bringing {unit.name} to the host", lambda unit=unit: _bring_home(unit, contents, streams))
+            problems.append(attempt(f"bringing {unit.name} to the host", lambda unit=unit: _bring_home(unit, contents, streams)))
             unit.state = UnitState.HOST
             unit.unbind()
             unit.pending = unit.depth = 0
             unit.copied = unit.written = None
             unit.dirty = False
         for each in holding:
-            attempt("bringing buffers to the host", each.abandon)
+            problems.append(attempt("bringing buffers to the host", each.abandon))
         for block in blocks:
             attempt("giving memory back", lambda block=block: streams.free(block))
         attempt("giving back what was kept", lambda: network.kept.reduce_to(()))
         attempt("taking hooks off", network.hooks.units_off)
     network.context.peaks.learning(False)
+    problems = [problem for problem in problems if problem]
+    for problem in problems[:3]:
+        logger.error("%s: after an error, while %s", network.name, problem)
+    return problems
 
 
 def _bring_home(unit: Unit, contents: Contents, streams: Streams) -> None:

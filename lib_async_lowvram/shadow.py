@@ -10,16 +10,35 @@ it packed already (`Unit.pack`), so masters, pinned or not, are shared; a mover 
 Invariant: a shadow only reads. It is true as long as the original's masters are those it was made over (`Shadow.holds`); a
 change in place is seen by both, since the memory is one.
 
-Called by `webui.preview` on the preview thread.
+Called by `webui.preview_decoders` on the preview thread; `masters_of` by `AsyncModelMover.masters`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+from lib_async_lowvram.core.states import UnitState
+
+if TYPE_CHECKING:
+    from lib_async_lowvram.network import Network
+
+
+def masters_of(networks: Iterable[Network], current: Network | None) -> dict[int, torch.Tensor]:
+    """id of each managed Parameter of these networks -> the host tensor that holds its value, changes made on the host included.
+    True until somebody changes it. `current`: the one in use. Called under the mover's lock."""
+    found: dict[int, torch.Tensor] = {}
+    for network in networks:
+        for unit in network.contents.units:
+            if unit.state is UnitState.HOST and network is not current:
+                network.contents.true_up(unit)
+            for mine in unit.entries:
+                found.update({id(seen): entry.master for entry in mine if (seen := entry.seen()) is not None})
+    return found
 
 
 class Shadow:

@@ -17,8 +17,9 @@ from lib_async_lowvram.changeover import Changeover
 from lib_async_lowvram.core.states import HOST, READY, WRITE_BACK
 from lib_async_lowvram.device.arena import Arena
 from lib_async_lowvram.device.loose import LooseTensors
-from lib_async_lowvram.device.streams import Stream
+from lib_async_lowvram.device.streams import Event, Stream
 from lib_async_lowvram.leaf_clock import LeafClock
+from lib_async_lowvram.rescue import attempt
 from lib_async_lowvram.residents import Residents
 from lib_async_lowvram.slots import Slots
 from lib_async_lowvram.transfers import Transfers
@@ -61,10 +62,10 @@ class Streaming:
             # Residents nobody announces may be on their way already.
             streams = self._streams
             settled = streams.record(streams.onload_stream)
-            streams.synchronize(settled)
+            attempt("waiting for residents", lambda: streams.synchronize(settled))
             self._units_back()
             if self._loose is not None:
-                self._leave_loose()
+                attempt("bringing buffers to the host", self._leave_loose)
             self.arena.close((settled, streams.record(streams.current_stream())))
             raise
 
@@ -134,6 +135,7 @@ class Streaming:
         if newest is not None:
             self._counters.write_back_waits += 1
             self._streams.synchronize(newest)
+        self._transfers.forget_saved()
 
     def share(self) -> None:
         """Gradients are on: autograd may keep views of everything here. Nothing must be overwritten: `close` comes next."""
@@ -172,11 +174,16 @@ class Streaming:
         self._slots.close((consumed, *settled))
         self.arena.close((consumed, *settled))
 
-    # -- after a fault of ours -----------------------------------------------------------------------------------------
+    # -- after an error -----------------------------------------------------------------------------------------------
     @property
     def consumer(self) -> Stream:
         """The stream that computed last."""
         return self.uses.consumer
+
+    @property
+    def unsaved(self) -> list[tuple[torch.Tensor, torch.Tensor, Event]]:
+        """See `Transfers`."""
+        return self._transfers.unsaved
 
     @property
     def blocks(self) -> list[torch.Tensor]:

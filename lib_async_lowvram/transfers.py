@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import time
 
+import torch
+
 from lib_async_lowvram.context import Context
 from lib_async_lowvram.core.states import ONLOADING, READY, WRITE_BACK
 from lib_async_lowvram.core.stats import Counters
-from lib_async_lowvram.device.streams import Stream
+from lib_async_lowvram.device.streams import Event, Stream
 from lib_async_lowvram.device.weights import Unit
 from lib_async_lowvram.leaf_clock import LeafClock
 
@@ -21,6 +23,8 @@ class Transfers:
 
     def __init__(self, context: Context, counters: Counters, clock: LeafClock | None = None) -> None:
         self.clock = clock
+        self.unsaved: list[tuple[torch.Tensor, torch.Tensor, Event]] = []
+        """(master, device memory, event) of each write-back that is not known to have happened."""
         self._context = context
         self._streams = context.streams
         self._counters = counters
@@ -74,4 +78,11 @@ class Transfers:
         streams.wait(streams.offload_stream, changed)
         streams.copy(unit.master, unit.memory[: unit.nbytes], streams.offload_stream)
         unit.written = streams.record(streams.offload_stream)
+        self.unsaved.append((unit.master, unit.memory[: unit.nbytes], unit.written))
         self._counters.write_backs += 1
+
+    def forget_saved(self) -> None:
+        """Between passes: those that have happened need not be known any more."""
+        streams = self._streams
+        if self.unsaved:
+            self.unsaved = [each for each in self.unsaved if not streams.done(each[2]) or streams.failed(each[2])]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 COUNTED = (
-    *("passes", "learning_passes", "hits", "misses", "refetches", "write_backs", "adopted", "skipped", "relearned", "replanned"),
+    *("passes", "learning_passes", "hits", "misses", "refetches", "write_backs", "adopted", "skipped", "relearned", "replanned", "sheds"),
     *("host_waits", "write_back_waits", "streamed_bytes"),
 )
 """The counters that only grow."""
@@ -26,7 +26,7 @@ class Counters:
         refetches: onloads repeated because the master changed after the prefetch; write_backs: changed units copied to
             their masters; adopted: units whose parameters were replaced by somebody and packed anew.
         skipped: firings out of the learned order; relearned: times the order was replaced; replanned: times that another plan
-            was taken up between two passes in use.
+            was taken up between two passes in use. sheds: times that residents were given up because memory ran out in a pass.
         host_waits: host waits during streamed passes (I3: 0 with pinned masters). write_back_waits: passes at whose end the
             host waited for what had been changed and written back in them; not among the former.
         streamed_bytes_last_pass, stall_seconds_last_pass: of the last complete streamed pass.
@@ -42,6 +42,7 @@ class Counters:
     skipped: int = 0
     relearned: int = 0
     replanned: int = 0
+    sheds: int = 0
     host_waits: int = 0
     write_back_waits: int = 0
     streamed_bytes: int = 0

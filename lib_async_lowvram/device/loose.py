@@ -55,8 +55,12 @@ class _Moved:
         if packable(self.host, inference=True):
             source = as_bytes(self.host)
             self.block = streams.allocate(align(source.numel()))
-            streams.copy(self.block[: source.numel()], source, streams.onload_stream)
-            streams.synchronize(streams.record(streams.onload_stream))
+            try:
+                streams.copy(self.block[: source.numel()], source, streams.onload_stream)
+                streams.synchronize(streams.record(streams.onload_stream))
+            except BaseException:
+                streams.free(self.block)
+                raise
             self.device = self.block[: source.numel()].view(self.host.dtype).as_strided(self.host.shape, self.host.stride())
         else:
             self.device = self.host.to(streams.device)
@@ -104,13 +108,14 @@ class LooseTensors:
         streams = self._streams
         with torch.inference_mode(False), torch.no_grad():
             consumed = streams.record(streams.current_stream())
-            for moved in self._moved:
+            while self._moved:
+                moved = self._moved[-1]
                 self._restore(moved, consumed)
+                self._moved.pop()  # not before: after an error it is tried again
                 if moved.block is not None:
                     if self.shared:
                         streams.share(moved.block, streams.current_stream())
                     streams.free(moved.block, (consumed,))
-            self._moved.clear()
 
     def _restore(self, moved: _Moved, consumed: object) -> None:
         streams, shown = self._streams, moved.shown
