@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from lib_async_lowvram.core.states import UnitState
 from lib_async_lowvram.device.arena import Arena
+from lib_async_lowvram.device.streams import Event
 from lib_async_lowvram.device.weights import Change, Unit
 from lib_async_lowvram.transfers import Transfers
 
@@ -132,10 +133,11 @@ class Residents:
         for unit in self._arrived:
             self._publish(unit)
 
-    def sweep(self) -> None:
-        """Look for changes in those that are published, and write them back."""
+    def sweep(self, starting: bool = False) -> None:
+        """Look for changes in those that are published, and write them back. `starting`: a pass is, and may change them again."""
         streams = self._network.context.streams
         consumer = streams.current_stream()
+        written: Event | None = None
         for unit in self._arrived:
             if unit.state is UnitState.WRITE_BACK:
                 streams.wait(consumer, unit.written)  # it may be changed again, under the write-back
@@ -146,8 +148,11 @@ class Residents:
             if change is Change.VALUES:
                 self._transfers.write_back(unit, consumer)
                 unit.accept_versions()
+                written = unit.written
             elif change is Change.LAYOUT:
                 self._contents.adopt(unit)
                 unit.bind(self._arena.block(unit.index, unit.nbytes))
                 self._transfers.onload(unit, behind=consumer)
                 self._transfers.wait_and_publish(unit, self._streams.current_stream())
+        if starting and written is not None:
+            streams.wait(consumer, written)  # the newest: write-backs are done in order

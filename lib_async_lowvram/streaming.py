@@ -78,7 +78,7 @@ class Streaming:
         """The order's position goes back to the start; what is issued already stays issued when it wrapped round."""
         self._join()
         self.uses.finish_leftovers()
-        self._residents.sweep()
+        self._residents.sweep(starting=True)
         at_end = self._order.position == len(self._order) - 1
         fresh = self._order.position == -1
         if self._changes_over():

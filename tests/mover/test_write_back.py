@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lib_async_lowvram import NetworkSpec, Region
-from tests.mover.chains import LEAF_BYTES, Chain, Leaf, ObligingStreams, attached, call, pair, recorded, same, simulated
+from tests.mover.chains import LEAF_BYTES, Chain, Leaf, ObligingStreams, attached, call, judged, pair, recorded, same, simulated
 
 EVERYTHING = 1 << 20
 
@@ -275,3 +275,21 @@ def test_weights_written_while_the_network_is_left_travel_once(budget: int) -> N
     assert counts[1]["streamed_bytes"] > 0
     streams.check()
     mover.detach()
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_resident_changed_between_passes_and_again_in_the_next(always: bool) -> None:
+    """Its write-back may still read it when the pass changes it."""
+    streams = recorded(bandwidth=1e6)
+    net, twin = pair()
+    mover = attached(net, streams, 1 << 20, always_write_back=always)
+    same(net, twin, streams)
+    for model in (net, twin):
+        with torch.no_grad(), judged(streams):
+            model.leaves[1].weight.mul_(0.5)  # on the device, where there is no drain before
+        model.leaves[1].inside = lambda leaf: leaf.weight.mul_(0.5)
+    same(net, twin, streams)
+    mover.drain()
+    assert torch.equal(net.leaves[1].weight, twin.leaves[1].weight)
+    mover.detach()
+    streams.check()
