@@ -321,7 +321,8 @@ class Network:
         """We are wrong, and say so: everything is put back, and the mover gives way to stock as soon as no pass is open. One that
         `goes_on` does so with whole regions, as stock would. `module`: is about to run in it, or has just run."""
         logger.error("%s: a fault of this extension; the picture goes on as stock would make it", self.name, exc_info=error)
-        self.fault = self.fault or f"{self.name}: {type(error).__name__}: {error}"
+        # Without the error's text, which may hold anything: this goes to the status route as well.
+        self.fault = self.fault or f"{self.name}: a fault of this extension ({type(error).__name__}), see the log"
         abandon(self)
         if not goes_on:
             return

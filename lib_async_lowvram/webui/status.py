@@ -90,7 +90,7 @@ def add_route(app: Any, ask: Callable[[], Mapping[str, Any]]) -> None:
         try:
             answer = complete(ask())
         except Exception as error:  # the panel must be able to show what is wrong
-            answer = complete({"state": "demoted", "reason": "status could not be read", "last_error": f"{type(error).__name__}: {error}"})
+            answer = complete({"state": "demoted", "reason": "status could not be read", "last_error": type(error).__name__})
         return JSONResponse(answer)
 
     app.add_api_route(PATH, read_status, methods=["GET"])
