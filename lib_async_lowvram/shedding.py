@@ -35,5 +35,5 @@ def shed(network: Network) -> int:
     network.leave()
     planning.most_bytes = least  # until it is left for good: it stays the mover's current one
     network.counters.sheds += 1
-    logger.warning("%s: out of memory; %d MB are given up, and %d MB kept until it is left", network.name, held - least >> 20, least >> 20)
+    logger.debug("%s: out of memory; %d MB are given up, and %d MB kept until it is left", network.name, held - least >> 20, least >> 20)
     return held - least

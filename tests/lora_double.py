@@ -13,6 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class LoraDouble:
         self.functional = False
         self.store, self.restore = store, restore  # whoever patches the extension puts his own here
         self.applied = 0  # how often some module's weights were written
+        self.extra_network_lora = SimpleNamespace(errors={})  # errors by file, counted and otherwise passed over
         self._originals: list[tuple[type, str, Any]] = []
 
     def __enter__(self) -> LoraDouble:
@@ -127,7 +129,10 @@ class LoraDouble:
         for network in self.loaded:
             if network.layers(layer):
                 self.applied += 1
-                self._add(module, network, layer)
+                try:
+                    self._add(module, network, layer)
+                except RuntimeError:
+                    self.extra_network_lora.errors[network.name] = self.extra_network_lora.errors.get(network.name, 0) + 1
         module.network_current_names = wanted
 
     def _restore(self, module: nn.Module) -> None:

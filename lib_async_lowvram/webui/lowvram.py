@@ -1,8 +1,8 @@
 """The WebUI's `--lowvram` on the mover: one integration for the process, from the extension's start to its unloading.
 
 Problem: the WebUI loads, switches, keeps, trashes and reloads models in a dozen ways, from several threads, and other
-extensions call `modules.lowvram` directly. The integration follows all of it through eight patched functions of the host and
-stock's own hooks (`stock`), and hands each network of each live model to one mover: one ring, one budget, one pinned limit.
+extensions call `modules.lowvram` directly. The integration follows all of it through patched functions of the host and stock's own
+hooks (`stock`), and hands each network of each live model to one mover: one ring, one budget, one pinned limit.
 
 Invariants: I6 - switched off, demoted or closed, every model has stock's own hook objects back, all weights are on the host
 and `module_in_gpu` is None; a failure of ours while following the host ends there too, never in the host. I7 - models are
@@ -33,6 +33,7 @@ from lib_async_lowvram.webui.lora import LoraBackups
 from lib_async_lowvram.webui.models import ManagedModels
 from lib_async_lowvram.webui.preview import LivePreviews
 from lib_async_lowvram.webui.regions import UNET
+from lib_async_lowvram.webui.retry import Retries
 from lib_async_lowvram.webui.settings import SettingsReader
 from lib_async_lowvram.webui.stock import Link, harvest, vae_originals
 from lib_async_lowvram.webui.upscalers import Upscalers
@@ -74,11 +75,19 @@ class Integration:
         self._lora = LoraBackups(lambda: getattr(self._models.mover, "backups", None))
         self._upscalers = Upscalers(lambda: self._protected("making room for an upscaler", self._drain))
         self._previews = LivePreviews(lambda: self._models.mover, self._link_of, lambda: self.settings.config().preview_bytes)
+        self._retries = Retries(host.device, self._unet_of, self._make_room)
         self._lock = threading.RLock()
 
     def _link_of(self, model: nn.Module | None) -> Link | None:
         managed = self._models.find(model)
         return None if managed is None else managed.link
+
+    def _unet_of(self, model: nn.Module) -> str | None:
+        link = self._link_of(model)
+        return None if link is None else link.names[UNET]
+
+    def _make_room(self, name: str) -> int:
+        return self._previews.give_back() + self._models.mover.shed(name)
 
     def _open_mover(self) -> Any:
         self._config = self.settings.config()
@@ -145,6 +154,8 @@ class Integration:
             if any(parameter.is_meta for parameter in sd_model.parameters()):
                 return  # trashed: there is nothing to move any more
             self._protected("taking over a model", lambda: self._models.adopt(harvest(sd_model, originals)))
+            if self._models.find(sd_model) is not None:
+                self._retries.watch(sd_model)
 
     def adopt_loaded(self) -> None:
         """Take over models that were loaded before us (Reload UI, the option switched on)."""
@@ -157,6 +168,7 @@ class Integration:
         """Once the last model has been given back."""
         if not self._models:
             self._device.give_up()
+            self._retries.unwatch()
 
     # -- passes: called by the stand-ins, on the thread that computes ------------------------------------------------------
     def pass_starting(self, link: Link, network: str) -> None:
@@ -309,9 +321,9 @@ class Integration:
         status = dict(mover.status()) if mover is not None else {}
         status["device"] = self.host.device_name
         status["preview"] = self._previews.status()
+        status["retries"], status["retries_failed"] = self._retries.tried, self._retries.failed
         status["advice"] = advice()
-        if self._last_error and not status.get("last_error"):
-            status["last_error"] = self._last_error
+        status["last_error"] = status.get("last_error") or self._last_error or self._retries.last_error
         if self._demoted:
             status.update(state="demoted", reason=self._demoted)
         elif not self._enabled:

@@ -81,6 +81,13 @@ class LivePreviews:
         if self._full is not None:
             self._full.rest()
 
+    def give_back(self) -> int:
+        """Somebody is out of memory: as `quiesce`. Bytes of weights that previews had on the device."""
+        held = self._full.allocated_bytes if self._full is not None else 0
+        if held:
+            self.quiesce()
+        return held
+
     def close(self) -> None:
         """Stop the worker; it starts again with the next frame. The mover may be closed after this."""
         worker, self._worker = self._worker, None

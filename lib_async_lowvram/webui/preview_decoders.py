@@ -121,6 +121,11 @@ class FullDecoder:
         self._own.detach()
         self._shadow = self._shell = self._of = None
 
+    @property
+    def allocated_bytes(self) -> int:
+        """Device memory of its weights."""
+        return self._streams.allocated_bytes
+
     def status(self) -> dict[str, Any]:
         """Of its mover."""
         return self._own.status()

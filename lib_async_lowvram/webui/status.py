@@ -53,6 +53,9 @@ EMPTY: dict[str, Any] = {
     "peak_weight_bytes": 0,
     "learning_peak_bytes": 0,
     "allocated_bytes": 0,
+    "sheds": 0,
+    "retries": 0,
+    "retries_failed": 0,
     "host_bytes": 0,
 }
 

@@ -59,6 +59,10 @@ class RecordingMover:
     def drain(self):
         self._note("drain")
 
+    def shed(self, name):
+        self._note("shed", name)
+        return 0
+
     def configure(self, config):
         self._note("configure", config)
         self.config = config

@@ -23,7 +23,7 @@ WANTED = torch.device("cuda:3")
 OF_A_DEVICE = {
     "Stream", "current_stream", "default_stream", "device", "get_device_name", "get_device_capability", "get_device_properties",
     "max_memory_allocated", "max_memory_reserved", "mem_get_info", "memory_allocated", "memory_reserved", "memory_stats",
-    "reset_peak_memory_stats", "synchronize", "set_per_process_memory_fraction", "utilization",
+    "reset_peak_memory_stats", "synchronize", "set_per_process_memory_fraction", "utilization", "get_rng_state", "set_rng_state",
 }
 DEVICELESS = {
     "Event", "OutOfMemoryError", "cudart", "current_device", "device_count", "empty_cache", "is_available", "is_initialized", "stream"

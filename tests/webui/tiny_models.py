@@ -150,6 +150,10 @@ class Model(nn.Module):
         else:
             self.cond_stage_model = Sd2TextEncoder() if kind == "sd2" else Sd1TextEncoder()
 
+    def apply_model(self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, list[torch.Tensor]]) -> torch.Tensor:
+        """The UNet's call for one step, as samplers make it."""
+        return self.model(x, t, *cond["c_crossattn"])
+
     def condition(self, tokens: torch.Tensor, *, hijacked: bool = True) -> torch.Tensor:
         """`hijacked`: the host wraps text encoders in its own and never calls the one stock took for the parent."""
         if hasattr(self, "conditioner"):
@@ -176,5 +180,5 @@ def picture(
         for step in range(steps):
             if before_step is not None:
                 before_step(step)
-            latent = latent - 0.1 * model.model(latent, torch.full((2, WIDTH), float(step)), context)
+            latent = latent - 0.1 * model.apply_model(latent, torch.full((2, WIDTH), float(step)), {"c_crossattn": [context]})
         return model.first_stage_model.decode(latent)
