@@ -30,7 +30,7 @@ class OffloadConfig:
             that works (two of the largest streamed unit) and lowered to what the budget leaves.
         budget_bytes: weight bytes allowed on the device in streamed passes (I2). Automatic: free memory, less the
             activation peak seen, less `reserve_bytes`.
-        pinned_limit_bytes: page-locked host memory. Automatic: 40% of RAM on Windows, 60% elsewhere.
+        pinned_limit_bytes: page-locked host memory. Automatic: 40% of RAM on Windows, 512 MB under WSL, 60% of RAM elsewhere.
         small_leaf_bytes: units smaller than this stay resident whenever the budget allows: copies of them are all latency.
         reserve_bytes: device memory the automatic budget leaves alone.
         preview_bytes: of the budget, what the preview decoder's weights may take instead of the networks'.

@@ -10,7 +10,7 @@ Modules are held weakly (I7). Called under the mover's lock, by `network`, `regi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -19,6 +19,7 @@ from lib_async_lowvram.context import Context
 from lib_async_lowvram.core.stats import Counters
 from lib_async_lowvram.device.dense import packable
 from lib_async_lowvram.device.loose import LooseTensors, loose_bytes
+from lib_async_lowvram.device.staging import last_of
 from lib_async_lowvram.device.weights import Change, Unit
 from lib_async_lowvram.modules import ModuleTree
 from lib_async_lowvram.network_spec import NetworkSpec
@@ -47,6 +48,7 @@ class Contents:
         self.resized = False
         self.packings = 0
         self._loose: LooseTensors | None = None  # those on the device, while the network is in use
+        context.pinning.join(self)
         self.rebuild()
 
     # -- modules -------------------------------------------------------------------------------------------------------
@@ -150,16 +152,16 @@ class Contents:
         self.pin()
 
     def pin(self) -> None:
-        """Page-lock the masters as far as the limit goes, the largest first: the limit is best spent where most bytes stream."""
-        for unit in sorted(self.units, key=lambda unit: -unit.nbytes):
-            self._guard(unit)
+        """Page-lock the masters as far as the limit goes."""
+        self._guard(self.units)
 
-    def _guard(self, unit: Unit) -> None:
-        context = self._context
-        if unit.nbytes and not unit.borrowed and not context.host.is_pinned(unit.master):
-            context.host.pin(unit.master)
-        if context.host_ranges is not None and unit.nbytes:
-            context.host_ranges.add(unit.master)
+    def _guard(self, units: Iterable[Unit]) -> None:
+        self._context.pinning.pin(units)
+        ranges = self._context.host_ranges
+        if ranges is not None:
+            for unit in units:
+                if unit.nbytes:
+                    ranges.add(unit.master)
 
     def guard_loose(self, loose: LooseTensors, on: bool) -> None:
         """`loose` is on the device from now on, or no longer; nobody may read its host copies meanwhile."""
@@ -183,15 +185,16 @@ class Contents:
     def adopt(self, unit: Unit) -> None:
         """Somebody put other tensors there: pack what is there now. Blocks the host, for copies in flight too: they read
         or write the master that is about to be let go of."""
-        for event in (unit.copied, unit.written):
+        streams = self._context.streams
+        for event in (last_of(unit.copied, streams), unit.written):
             if event is not None:
-                self._context.streams.synchronize(event)
+                streams.synchronize(event)
         unit.copied = unit.written = None
         self._counters.adopted += 1
         before = unit.nbytes
         unit.pack()
         self.packings += 1
-        self._guard(unit)
+        self._guard([unit])
         # What cannot be packed moves as a loose tensor: now, and with a place in the plan from the next pass on.
         members = [module for ref in unit.members if (module := ref()) is not None]
         loose = any(not packable(each) for module in members for each in module._parameters.values() if each is not None)
@@ -212,6 +215,7 @@ class Contents:
     def release(self) -> None:
         """No longer managed: the masters become ordinary host memory, and another mover may take the modules."""
         self.unpin()
+        self._context.pinning.leave(self)
         self._context.gone.include(self._counters)
         release(self)
 

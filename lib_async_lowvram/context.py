@@ -16,8 +16,10 @@ from lib_async_lowvram.core.stats import Counters, Trace
 from lib_async_lowvram.device.address_ranges import HostRanges
 from lib_async_lowvram.device.host_memory import HostMemory
 from lib_async_lowvram.device.placement import PlacementChecker
+from lib_async_lowvram.device.staging import Stager
 from lib_async_lowvram.device.streams import Streams
 from lib_async_lowvram.measured import Measured
+from lib_async_lowvram.pinning import Pinning
 
 STEP = 32 << 20
 """Bytes. The automatic budget is rounded down to it, so that a few bytes more or less do not make another plan."""
@@ -64,6 +66,7 @@ class Context:
             free, for hosts whose results depend on that.
         trace: where spans of computing and stalls go; None = nowhere.
         turn: of the lock; notified when a pass ends.
+        stager, pinning: how masters travel that are not pinned, and which are.
         gone: what networks had counted that are attached no longer (models that were thrown away).
     """
 
@@ -81,10 +84,14 @@ class Context:
     lock: threading.RLock = field(default_factory=threading.RLock)
     peaks: Peaks = field(init=False)
     turn: threading.Condition = field(init=False)
+    stager: Stager = field(init=False)
+    pinning: Pinning = field(init=False)
 
     def __post_init__(self) -> None:
         self.peaks = Peaks(self.streams)
         self.turn = threading.Condition(self.lock)
+        self.stager = Stager(self.streams, self.host)
+        self.pinning = Pinning(self.host, self.stager, owns=not self.shares_masters)
 
     def note_activations(self, key: Key) -> None:
         """A pass of this kind is over."""

@@ -220,11 +220,7 @@ class AsyncModelMover:
         if self.config.pinned_limit_bytes != before.pinned_limit_bytes:
             if self._current is not None:
                 self._current.leave()  # nothing may be in flight while memory is unpinned
-            self._context.host.set_limit(self.config.pinned_limit_bytes)
-            for network in self._networks.values():
-                network.contents.unpin()
-            for network in self._networks.values():
-                network.contents.pin()
+            self._context.pinning.change_limit(self.config.pinned_limit_bytes)
 
     def _take_deferred(self) -> list[Callable[[], None]]:
         actions, self._deferred = self._deferred, []

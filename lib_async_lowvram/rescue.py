@@ -59,6 +59,7 @@ def abandon(network: Network) -> list[str]:
     brought home, and why; usually none."""
     streams, contents = network.context.streams, network.contents
     with network.judged(False):
+        attempt("calling off staged copies", network.context.stager.settle)
         holding = [each for each in (network.streaming, network.regions, network.left_standing) if each is not None]
         network.streaming = network.regions = network.left_standing = None
         for stream in (*(each.consumer for each in holding), streams.current_stream(), streams.onload_stream, streams.offload_stream):

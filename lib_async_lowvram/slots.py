@@ -18,6 +18,7 @@ from lib_async_lowvram.core.plan import Plan
 from lib_async_lowvram.core.ring import Ring
 from lib_async_lowvram.core.states import HOST, IN_USE, ONLOADING, READY, WRITE_BACK
 from lib_async_lowvram.device.arena import Arena
+from lib_async_lowvram.device.staging import last_of
 from lib_async_lowvram.device.streams import Event, Stream, Streams
 from lib_async_lowvram.device.weights import Unit
 from lib_async_lowvram.transfers import Transfers
@@ -106,7 +107,8 @@ class Slots:
         if unit.state is WRITE_BACK:
             fence, key = unit.written, "write-back"  # after the consumer's last use, too
         elif unit.state is ONLOADING:
-            fence, key = unit.copied, "onload"
+            fence, key = last_of(unit.copied, streams), "onload"
+            unit.copied = fence
             unit.to(HOST)
         else:
             fence, key = streams.record(consumer), consumer

@@ -31,6 +31,7 @@ def describe(context: Context, networks: Mapping[str, Network], current: Network
         "device": context.streams.name,
         "pinned_bytes": context.host.pinned_bytes,
         "pinned_limit_bytes": context.host.pinned_limit_bytes,
+        **context.pinning.figures(),
         "host_bytes": context.host.host_bytes,
         "allocated_bytes": context.streams.allocated_bytes,
         "peak_weight_bytes": peak,

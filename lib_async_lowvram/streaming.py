@@ -45,6 +45,7 @@ class Streaming:
         self._contents = network.contents
         self._units = units = network.contents.units
         plan = network.plan
+        network.context.pinning.make_ready(units)
         waited_for = {unit: units[unit].nbytes for unit in sorted(plan.resident) if units[unit] not in network.kept}
         self.arena = Arena(self._streams, plan.ring_bytes, waited_for)
         self._since_timed = 0  # passes
@@ -61,6 +62,7 @@ class Streaming:
         except BaseException:
             # Residents nobody announces may be on their way already.
             streams = self._streams
+            self._context.stager.settle()
             settled = streams.record(streams.onload_stream)
             attempt("waiting for residents", lambda: streams.synchronize(settled))
             self._units_back()
@@ -117,6 +119,7 @@ class Streaming:
 
     def end_pass(self, complete: bool) -> None:
         """The pass's last work has been enqueued."""
+        self._join()  # another thread may end what was cut short on this one
         self.uses.finish_leftovers()
         clock, self._transfers.clock = self._transfers.clock, None
         if clock is not None and complete:
@@ -165,6 +168,7 @@ class Streaming:
         self._residents.sweep()
         for fence in self._slots.fences():
             streams.wait(streams.onload_stream, fence)
+        self._context.stager.settle()
         settled = [streams.record(streams.onload_stream), streams.record(streams.offload_stream)]
         for event in settled:
             streams.synchronize(event)

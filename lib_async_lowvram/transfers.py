@@ -1,6 +1,7 @@
 """The three things that happen to one unit's bytes: onload, publication, write-back - each with its events.
 
-Shared by `streaming` (units that pass through the ring) and `residents`. Enqueues only; the host never waits here (I3).
+Shared by `streaming` (units that pass through the ring) and `residents`. Enqueues only; the host never waits here (I3), except for
+units whose masters are not pinned: those go through the staging ring (`device.staging`), or straight where there is none.
 Called under the mover's lock, on the thread that runs the network.
 """
 
@@ -13,6 +14,7 @@ import torch
 from lib_async_lowvram.context import Context
 from lib_async_lowvram.core.states import ONLOADING, READY, WRITE_BACK
 from lib_async_lowvram.core.stats import Counters
+from lib_async_lowvram.device.staging import Staged, last_of
 from lib_async_lowvram.device.streams import Event, Stream
 from lib_async_lowvram.device.weights import Unit
 from lib_async_lowvram.leaf_clock import LeafClock
@@ -27,6 +29,7 @@ class Transfers:
         """(master, device memory, event) of each write-back that is not known to have happened."""
         self._context = context
         self._streams = context.streams
+        self._stager = context.stager
         self._counters = counters
 
     def onload(self, unit: Unit, behind: Stream | None = None) -> None:
@@ -34,22 +37,30 @@ class Transfers:
         behind what `behind` has been given so far, if that may still read the memory."""
         streams = self._streams
         stream = streams.onload_stream
+        last_of(unit.copied, streams)
         unit.to(ONLOADING)
         if behind is not None:
             streams.wait(stream, streams.record(behind))
-        if unit.written is not None:
-            streams.wait(stream, unit.written)
+        memory = unit.memory if unit.memory.numel() == unit.nbytes else unit.memory[: unit.nbytes]
+        written = unit.written
+        if written is not None:
+            streams.wait(stream, written)
             unit.written = None
         timed = self.clock is not None and self.clock.copies(unit.nbytes)
+        self._counters.streamed_bytes += unit.nbytes
+        if self._stager.ring_bytes and not self._context.host.is_pinned(unit.master):
+            # The thread reads the master itself: behind the write-back, which counts until it has waited for that.
+            unit.written = written
+            self._counters.staged_bytes += unit.nbytes
+            unit.copied = self._stager.submit(memory, unit.master, written, self.clock.copied if timed else None)
+            return
         start = streams.record(stream, timing=True) if timed else None
-        memory = unit.memory
-        streams.copy(memory if memory.numel() == unit.nbytes else memory[: unit.nbytes], unit.master, stream)
+        streams.copy(memory, unit.master, stream)
         if timed:
             unit.copied = streams.record(stream, timing=True)
             self.clock.copied(unit.nbytes, start, unit.copied)
         else:
             unit.copied = streams.record(stream)
-        self._counters.streamed_bytes += unit.nbytes
 
     def wait_and_publish(self, unit: Unit, consumer: Stream) -> None:
         """`consumer`, the calling thread's current stream, waits for the copy; then the parameters point there (I4)."""
@@ -57,10 +68,10 @@ class Transfers:
         if clock is not None:
             clock.before_wait()
         if trace is None:
-            streams.wait(consumer, unit.copied)
+            streams.wait(consumer, self._arriving(unit))
         else:
             start = time.perf_counter()
-            streams.wait(consumer, unit.copied)
+            streams.wait(consumer, self._arriving(unit))
             trace.add("stall", unit.name, start, time.perf_counter())
         if unit.written is not None:
             streams.wait(consumer, unit.written)  # changed before and kept: it may be changed again, under that write-back
@@ -70,8 +81,25 @@ class Transfers:
             unit.to(READY)
         unit.publish()
 
+    def _arriving(self, unit: Unit) -> Event:
+        """The event of the unit's onload. A staged one is waited for on the host until it is enqueued (I8); raises what went wrong."""
+        copied = unit.copied
+        if type(copied) is not Staged:
+            return copied
+        if not copied.enqueued:
+            self._counters.staging_waits += 1
+        try:
+            unit.copied = copied.event()
+        except BaseException:
+            unit.dirty = True  # nothing arrived: its next use fetches it again
+            raise
+        if unit.written is copied.after:
+            unit.written = None  # the thread has waited for it, and told
+        return unit.copied
+
     def write_back(self, unit: Unit, consumer: Stream) -> None:
-        """Enqueue the copy of a changed unit to its master, after what `consumer` has been given so far (I5)."""
+        """Enqueue the copy of a changed unit to its master, after what `consumer` has been given so far (I5). Straight, whatever
+        the master's tier: changes are rare, and the host waits for them at the pass's end anyway (`Streaming.settle`)."""
         streams = self._streams
         unit.to(WRITE_BACK)
         changed = streams.record(consumer)

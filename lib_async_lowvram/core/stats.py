@@ -11,7 +11,7 @@ from statistics import median
 
 COUNTED = (
     *("passes", "learning_passes", "hits", "misses", "refetches", "write_backs", "adopted", "skipped", "relearned", "replanned", "sheds"),
-    *("host_waits", "write_back_waits", "streamed_bytes"),
+    *("host_waits", "write_back_waits", "staging_waits", "staged_bytes", "streamed_bytes"),
 )
 """The counters that only grow."""
 
@@ -29,6 +29,8 @@ class Counters:
             was taken up between two passes in use. sheds: times that residents were given up because memory ran out in a pass.
         host_waits: host waits during streamed passes (I3: 0 with pinned masters). write_back_waits: passes at whose end the
             host waited for what had been changed and written back in them; not among the former.
+        staging_waits: acquires that waited on the host for a copy through the staging ring to be enqueued (not among host_waits);
+            staged_bytes: that went through it, of streamed_bytes.
         streamed_bytes_last_pass, stall_seconds_last_pass: of the last complete streamed pass.
     """
 
@@ -45,6 +47,8 @@ class Counters:
     sheds: int = 0
     host_waits: int = 0
     write_back_waits: int = 0
+    staging_waits: int = 0
+    staged_bytes: int = 0
     streamed_bytes: int = 0
     streamed_bytes_last_pass: int = 0
     stall_seconds: float = 0.0

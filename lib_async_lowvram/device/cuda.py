@@ -88,6 +88,9 @@ class CudaStreams(Streams):
     def synchronize(self, event: Event) -> None:
         with self._lock:
             self.host_waits += 1
+        self.outwait(event)
+
+    def outwait(self, event: Event) -> None:
         _cuda(event).inner.synchronize()
 
     def elapsed(self, start: Event, end: Event) -> float:

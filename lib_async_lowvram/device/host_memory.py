@@ -22,6 +22,7 @@ import ctypes
 import logging
 import mmap
 import os
+import platform
 import sys
 import threading
 import weakref
@@ -34,6 +35,12 @@ from .op_access import without_dispatch_modes
 from .streams import Streams
 
 logger = logging.getLogger("async_lowvram")
+
+WSL_PINNED_BYTES = 512 << 20
+"""NVIDIA's "CUDA on WSL User Guide", WSL 2 support constraints: the availability of pinned system memory to applications is limited.
+It gives no figure, and reports differ: 500 MB (microsoft/WSL issue 14078), about 1 GB (NVIDIA/nvidia-docker issue 1725), 0.75 to 1 GB
+(FlashML-org/FreeToken pull request 233). What others in the process pin, and device memory too, fails when it is used up, so the
+automatic limit keeps to the lowest."""
 
 
 class _Ledger:
@@ -91,7 +98,7 @@ class HostMemory:
     """
 
     def __init__(self, streams: Streams, pinned_limit_bytes: int = 0) -> None:
-        """`pinned_limit_bytes`: 0 for automatic, 40% of RAM on Windows, 60% elsewhere."""
+        """`pinned_limit_bytes`: 0 for automatic (`default_pinned_limit_bytes`)."""
         self.set_limit(pinned_limit_bytes)
         self.refusals = 0
         self.borrowers: weakref.WeakSet[Borrower] = weakref.WeakSet()
@@ -122,9 +129,10 @@ class HostMemory:
         """Change the limit; 0 for automatic. What is pinned beyond it stays so until its owner unpins it."""
         self.pinned_limit_bytes = pinned_limit_bytes if pinned_limit_bytes > 0 else default_pinned_limit_bytes()
 
-    def pin(self, block: torch.Tensor) -> bool:
+    def pin(self, block: torch.Tensor, kept_back: int = 0) -> bool:
         """Page-lock all of a block from `allocate` (any tensor over its whole storage will do). True when it is pinned
-        now, before or by this call; False when refused, which is counted, and logged the first time."""
+        now, before or by this call; False when refused, which is counted, and logged the first time. `kept_back`: bytes of
+        the limit that are meant for something else."""
         address, nbytes = self._whole(block)
         if not nbytes:
             return True
@@ -132,8 +140,9 @@ class HostMemory:
             if address in self._ledger.pinned:
                 return True
             wanted = self.pinned_bytes + nbytes
-            if wanted > self.pinned_limit_bytes:
-                self._refused(f"{nbytes} bytes more would be {wanted} of at most {self.pinned_limit_bytes}")
+            if wanted + kept_back > self.pinned_limit_bytes:
+                kept = f", {kept_back} of them kept for staging" if kept_back else ""
+                self._refused(f"{nbytes} bytes more would be {wanted} of at most {self.pinned_limit_bytes}{kept}")
                 return False
             if not self._streams.pin(address, nbytes):
                 self._refused(f"{self._streams.name} would not pin {nbytes} bytes (pinned so far: {self.pinned_bytes})")
@@ -169,6 +178,11 @@ class HostMemory:
         return sum(nbytes for nbytes, _ in self._ledger.pinned.copy().values())
 
     @property
+    def room(self) -> int:
+        """Bytes that may be pinned yet; below 0 when the limit was lowered under what is pinned."""
+        return self.pinned_limit_bytes - self.pinned_bytes
+
+    @property
     def host_bytes(self) -> int:
         """Bytes of all living blocks, pinned or not."""
         return sum(self._ledger.living.copy().values())
@@ -190,9 +204,19 @@ class HostMemory:
             logger.warning("pinned memory refused: %s. Such weights travel more slowly.", why)
 
 
-def default_pinned_limit_bytes() -> int:
-    """40% of RAM on Windows, where the driver refuses more than half; 60% elsewhere."""
-    return int(ram_bytes() * (0.4 if sys.platform == "win32" else 0.6))
+def default_pinned_limit_bytes(kernel_release: str | None = None) -> int:
+    """40% of RAM on Windows, where the driver refuses more than half; 60% elsewhere, but at most `WSL_PINNED_BYTES` under WSL.
+    `kernel_release`: of this system unless given (for tests)."""
+    if sys.platform == "win32":
+        return int(ram_bytes() * 0.4)
+    limit = int(ram_bytes() * 0.6)
+    return min(limit, WSL_PINNED_BYTES) if is_wsl(platform.release() if kernel_release is None else kernel_release) else limit
+
+
+def is_wsl(kernel_release: str) -> bool:
+    """Whether such a kernel is that of the Windows Subsystem for Linux: "5.15.167.4-microsoft-standard-WSL2", in the first version
+    "4.4.0-19041-Microsoft"."""
+    return "microsoft" in kernel_release.lower() or "wsl" in kernel_release.lower()
 
 
 def ram_bytes() -> int:

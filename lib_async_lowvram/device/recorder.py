@@ -38,6 +38,7 @@ from .address_ranges import AddressRanges, HostRanges
 from .happens_before import AccessHistory, Clock, Operation, Violation, join
 from .op_access import byte_range
 from .recorder_actors import Actors
+from .recorder_hosts import HostWork
 from .streams import Event, Stream, Streams
 
 
@@ -54,7 +55,7 @@ class RecordedEvent(Event):
         self.inner, self.clock, self.operation = inner, clock, operation
 
 
-class RecordingStreams(Streams):
+class RecordingStreams(HostWork):
     """Wraps `inner`; attributes it does not have itself (a simulated device's `hold_copies`, say) are the inner's.
 
     Attributes:
@@ -108,18 +109,6 @@ class RecordingStreams(Streams):
     def operations(self) -> int:
         """How many operations were logged."""
         return self._actors.operations
-
-    # -- host threads --------------------------------------------------------------------------------------------------
-    def known(self) -> Clock:
-        """What the calling thread knows to be done, for `learn`."""
-        with self._lock:
-            return dict(self._actors.host().clock)
-
-    def learn(self, known: Clock) -> None:
-        """The calling thread goes on behind one that knew this, by means nobody sees here: it was started or joined by it, or
-        told through a queue."""
-        with self._lock:
-            join(self._actors.host().clock, known)
 
     # -- uses ----------------------------------------------------------------------------------------------------------
     def use(

@@ -8,10 +8,9 @@ from host memory that is not pinned blocks its caller, as CUDA's does.
 What it cannot show: the compute stream is the calling thread itself, in step with the host. Host run-ahead is judged by
 `recorder.py`.
 
-Invariants: I2 (the cap), I3 (`host_waits` counts every blocking of a host thread, `wait` on the compute stream is no host
-wait but stall), I8 (events are made by `record` only).
-
-Threads: any, for every method. `unpin` takes no lock, as the garbage collector may call it anywhere.
+Invariants: I2 (the cap), I3 (`host_waits` counts every blocking of a host thread, but `outwait`s; `wait` on the compute stream is
+stall), I8 (events are made by `record` only). Threads: any, for every method. `unpin` takes no lock, as the garbage collector may
+call it anywhere.
 """
 
 from __future__ import annotations
@@ -165,11 +164,13 @@ class SimulatedStreams(Streams):
         return _simulated(event).reached
 
     def synchronize(self, event: Event) -> None:
-        event = _simulated(event)
         with self._lock:
             self.host_waits += 1
-        event.block()
+        _simulated(event).block()
         self._tell(event)
+
+    def outwait(self, event: Event) -> None:
+        _simulated(event).block()
 
     def _tell(self, event: SimulatedEvent) -> None:
         if event.error is not None:

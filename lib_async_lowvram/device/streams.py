@@ -16,6 +16,7 @@ Threads: every method may be called from any thread. `current_stream` answers fo
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from typing import Any
@@ -90,9 +91,22 @@ class Streams(ABC):
         does nothing any more (CUDA)."""
         return False
 
+    def outwait(self, event: Event) -> None:
+        """Block the calling thread, whose business is waiting, until `event`: not counted, and whatever failed before it is left
+        to be told to somebody else."""
+        self.synchronize(event)
+
     @abstractmethod
     def elapsed(self, start: Event, end: Event) -> float:
         """Seconds between two timing events that are both done."""
+
+    def known(self) -> Any:
+        """What the calling thread knows to be done, for another one's `learn`. Only a judge of orderings keeps account of it."""
+        return None
+
+    def learn(self, known: Any) -> None:
+        """The calling thread goes on behind one that knew this: it was told through a queue, say."""
+        return None
 
     # -- copies --------------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -101,6 +115,13 @@ class Streams(ABC):
         one-dimensional uint8 tensors of equal length, one of them in host memory. Asynchronous when the host side is
         pinned; otherwise it may block the host, and is then counted in `host_waits`. Both tensors' memory is kept
         alive by the caller until an event recorded after the copy is done."""
+
+    def copy_on_host(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy between two one-dimensional uint8 host tensors of equal length, now, on the calling thread. Others run meanwhile:
+        it holds no interpreter lock, starts no threads, and no dispatch mode sees it."""
+        if destination.numel() != source.numel():
+            raise ValueError(f"copy of {source.numel()} bytes into {destination.numel()}")
+        ctypes.memmove(destination.data_ptr(), source.data_ptr(), source.numel())
 
     def discard(self, memory: torch.Tensor, after: Event) -> Event:
         """The contents of `memory` (uint8, on the device) are no longer wanted once `after` has been reached. Returns

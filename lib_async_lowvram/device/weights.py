@@ -29,6 +29,7 @@ from torch import nn
 from lib_async_lowvram.core.states import LEGAL, UnitState, transition
 from lib_async_lowvram.device.dense import byte_range, packable
 from lib_async_lowvram.device.host_memory import HostMemory
+from lib_async_lowvram.device.staging import Staged
 from lib_async_lowvram.device.streams import Event, align
 
 
@@ -115,7 +116,7 @@ class Unit:
         self.must_reside = False
         self.borrowed = False
         self.memory: torch.Tensor | None = None
-        self.copied: Event | None = None
+        self.copied: Event | Staged | None = None
         self.written: Event | None = None
         self.pending = 0
         self.depth = 0

@@ -206,6 +206,28 @@ def test_automatic_limit(streams, monkeypatch):
     assert HostMemory(streams, pinned_limit_bytes=-5).pinned_limit_bytes == 400
 
 
+@pytest.mark.parametrize(
+    ("release", "wsl"),
+    [
+        ("5.15.167.4-microsoft-standard-WSL2", True),
+        ("6.18.33.2-microsoft-standard-WSL2+", True),
+        ("4.4.0-19041-Microsoft", True),
+        ("6.1.0-custom-WSL2", True),
+        ("6.8.0-45-generic", False),
+        ("5.14.0-427.el9.x86_64", False),
+        ("", False),
+    ],
+)
+def test_automatic_limit_under_wsl(release, wsl, monkeypatch):
+    monkeypatch.setattr(host_memory.sys, "platform", "linux")
+    monkeypatch.setattr(host_memory, "ram_bytes", lambda: 16 << 30)
+    assert default_pinned_limit_bytes(release) == (512 << 20 if wsl else int((16 << 30) * 0.6))
+    monkeypatch.setattr(host_memory.platform, "release", lambda: release)
+    assert default_pinned_limit_bytes() == default_pinned_limit_bytes(release)
+    monkeypatch.setattr(host_memory, "ram_bytes", lambda: 512 << 20)  # a small machine has its share all the same
+    assert default_pinned_limit_bytes(release) == int((512 << 20) * 0.6)
+
+
 def test_living_blocks_survive_the_end_of_the_interpreter_quietly():
     script = """
 import torch

@@ -76,6 +76,10 @@ class ObligingStreams(SimulatedStreams):
         self._oblige()
         super().synchronize(event)
 
+    def outwait(self, event: Event) -> None:
+        self._oblige()
+        super().outwait(event)
+
     def wait(self, stream: Stream, event: Event) -> None:
         if stream not in (self.onload_stream, self.offload_stream) and not self.done(event):
             self._oblige()

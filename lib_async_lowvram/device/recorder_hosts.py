@@ -1,0 +1,43 @@
+"""The part of the ordering judge that is about host threads which wait, and copy, by themselves.
+
+Problem: a thread that fills pinned memory for copies to come reads masters and writes what the device reads next, without any
+stream in between: its accesses are those of a host thread, and lie behind what that thread has waited for.
+
+Mixed into `RecordingStreams`, whose lock and books these methods use. Any thread.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .happens_before import Clock, join
+from .streams import Event, Streams
+
+
+class HostWork(Streams):
+    """See the module."""
+
+    def known(self) -> Clock:
+        """What the calling thread knows to be done, for `learn`."""
+        with self._lock:
+            return dict(self._actors.host().clock)
+
+    def learn(self, known: Clock) -> None:
+        """The calling thread goes on behind one that knew this, by means nobody sees here: it was started or joined by it, or
+        told through a queue."""
+        with self._lock:
+            join(self._actors.host().clock, known)
+
+    def outwait(self, event: Event) -> None:
+        event = self._mine(event)
+        self.inner.outwait(event.inner)
+        with self._lock:
+            host = self._actors.host()
+            self._actors.tick(host, f"wait for op {event.operation.number}")
+            join(host.clock, event.clock)
+
+    def copy_on_host(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        for tensor in (destination, source):
+            self.register_host(tensor)
+        self.use(reads=[source], writes=[destination], what=f"copy {source.numel()} bytes on the host")
+        self.inner.copy_on_host(destination, source)
