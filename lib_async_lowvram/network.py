@@ -244,7 +244,8 @@ class Network:
             self.streaming = Streaming(self)
         except torch.cuda.OutOfMemoryError as error:
             least = self.planning.least_budget(self.contents.units)
-            logger.warning("%s: %s; trying the least budget, %d MB", self.name, str(error).splitlines()[0], least >> 20)
+            self._passes.last_error = f"{self.name}: {in_one_line(error)}"
+            logger.warning("%s; trying the least budget, %d MB", self._passes.last_error, least >> 20)
             self.planning.most_bytes = least
             self._make_plan(least)
             self.streaming = Streaming(self)

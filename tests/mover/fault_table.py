@@ -1,0 +1,376 @@
+"""Faults of the device and of whoever uses it, at every place of every kind of pass: `python -m tests.mover.fault_table` prints the table.
+
+One try: a network and its twin are brought to where a phase begins, a fault is armed, and one pass - the job - runs. It must give the
+twin's bits or raise the error that the fault gives. The fault is over then (a hog gives back what it took), and the next passes must
+give the twin's bits; at the end nothing may be left on the device, pinned, running or hooked, and all weights must be on the host and
+the twin's. Where the twin must have changed weights that the job had changed before it failed, it is given the same changes.
+
+A fault is tried at each place there is: the n-th copy, the n-th allocation, the k-th leaf; how many there are, a job without it tells.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lib_async_lowvram import AsyncModelMover, NetworkSpec, Region
+from lib_async_lowvram.device.simulated import SimulatedStreams
+from tests.mover.chains import LEAF_BYTES, X, Chain, Leaf, attached, call, on_thread, pair, simulated
+
+BUDGET = 4 * LEAF_BYTES  # a ring for two, and two residents
+CAPACITY = 32 * LEAF_BYTES
+RAISED = "raised by the fault table"
+
+
+class Interrupt(BaseException):
+    """As the WebUI interrupts: past every `except Exception`."""
+
+
+class FaultyStreams(SimulatedStreams):
+    """Lets the n-th allocation or the n-th enqueuing of a copy fail, counted from `arm`."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.counts: dict[str, int] = {}
+        self.fails: tuple[str, int] | None = None
+        self.fail_copy = self._on_engine
+
+    def arm(self, what: str, number: int) -> None:
+        self.counts.clear()
+        self.fails = (what, number)
+
+    def disarm(self) -> None:
+        self.fails = None
+
+    def _comes(self, what: str) -> bool:
+        self.counts[what] = self.counts.get(what, 0) + 1
+        return self.fails == (what, self.counts[what])
+
+    def _on_engine(self, number: int) -> RuntimeError | None:
+        lane = threading.current_thread().name.removeprefix("async-lowvram-")
+        return RuntimeError(RAISED) if self._comes(f"{lane} fails") else None
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        if self._comes("allocate"):
+            raise torch.cuda.OutOfMemoryError(f"CUDA out of memory. ({RAISED})")
+        return super().allocate(nbytes)
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
+        if self._comes(f"{stream.lane} refused"):
+            raise RuntimeError(RAISED)
+        super().copy(destination, source, stream)
+
+
+@dataclass
+class Rig:
+    """What a try is made with."""
+
+    streams: FaultyStreams
+    net: Chain
+    twin: Chain
+    mover: AsyncModelMover
+    after: list[Callable[[], object]] = field(default_factory=list)
+    """What ends the fault."""
+
+    def next_pass(self) -> bool:
+        with torch.no_grad():
+            expected = self.twin(X)
+        return torch.equal(call(self.net, self.streams), expected)
+
+
+def change(leaf: Leaf) -> None:
+    leaf.weight.mul_(0.5)
+
+
+def changed(net: Chain) -> None:
+    """The job changes every leaf's weights, in its forward."""
+    for leaf in net.leaves:
+        leaf.inside = change
+
+
+# -- phases: what kind of pass the job is ------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Phase:
+    """`passes`: before the job; `left`: the network was left since; `changing`: every leaf's weights; `grad`: with gradients; `budget`:
+    bytes, from the job on, which takes `longer` passes then."""
+
+    name: str
+    passes: int
+    left: bool = False
+    changing: bool = False
+    grad: bool = False
+    budget: int = BUDGET
+    longer: int = 0
+
+    def rig(self) -> Rig:
+        streams = simulated(FaultyStreams, capacity_bytes=CAPACITY, bandwidth=2e9)
+        net, twin = pair()
+        for each in (net, twin):
+            each.register_buffer("shift", torch.arange(8.0))
+            each.register_forward_hook(lambda module, args, output: output + module.shift)
+        spec = NetworkSpec([Region(leaf) for leaf in net.leaves], net, roots=[net])
+        made = Rig(streams, net, twin, attached(spec, streams, BUDGET, run=net, passes=self.passes))
+        made.mover._context.budget = lambda key: self.budget
+        if self.left:
+            made.mover.drain()
+        if self.changing:
+            changed(net)
+        return made
+
+    def job(self, rig: Rig) -> bool:
+        """Run it; whether it gave the twin's bits. The twin is changed as far as the job came."""
+        error: BaseException | None = None
+        try:
+            for _ in range(self.longer):
+                if not rig.next_pass():
+                    return False
+            got = rig.net(X) if self.grad else call(rig.net, rig.streams)
+        except BaseException as raised:
+            error = raised
+        if self.changing:
+            with torch.no_grad():
+                for mine, theirs in zip(rig.net.leaves, rig.twin.leaves, strict=True):
+                    if mine.inside is not change:
+                        change(theirs)
+                    mine.inside = None
+        if error is not None:
+            raise error
+        with torch.no_grad():
+            return torch.equal(got.detach(), rig.twin(X))
+
+
+PHASES = [
+    Phase("learning", 0),
+    Phase("learning, weights changed", 0, changing=True),
+    Phase("entering", 2, left=True),
+    Phase("entering, weights changed", 2, left=True, changing=True),
+    Phase("streaming", 3),
+    Phase("streaming, weights changed", 3, changing=True),
+    Phase("regions (gradients on)", 3, grad=True),
+    Phase("residents grow", 3, budget=BUDGET + 2 * LEAF_BYTES, longer=3),
+    Phase("residents are shed", 3, budget=BUDGET - LEAF_BYTES, longer=3),
+]
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Fault:
+    """`arm(rig, number)`; `places(rig)`: how many there are, after a job armed with number 0. `raises`: what may reach the caller."""
+
+    name: str
+    arm: Callable[[Rig, int], None]
+    places: Callable[[Rig], int]
+    raises: tuple[type[BaseException], ...]
+    lingers: bool = False
+    """It may be found after the pass it happened in: then the job is that pass, another one, and leaving."""
+
+
+def counted(what: str, *raises: type[BaseException]) -> Fault:
+    names = {
+        "allocate": "device memory refused",
+        "onload fails": "onload fails on its way",
+        "offload fails": "write-back fails on its way",
+        "onload refused": "onload refused at once",
+        "offload refused": "write-back refused at once",
+    }
+    return Fault(
+        names[what], lambda rig, number: rig.streams.arm(what, number), lambda rig: rig.streams.counts.get(what, 0), raises, "fails" in what
+    )
+
+
+def at_leaf(name: str, action: Callable[[Rig], None], *raises: type[BaseException], late: bool = False) -> Fault:
+    """`late`: after the leaf has changed its weights, if it does; else before."""
+
+    def arm(rig: Rig, number: int) -> None:
+        if not number:
+            return
+        leaf = rig.net.leaves[number - 1]
+        if not late:
+            handle = leaf.register_forward_pre_hook(lambda *_: action(rig))
+        else:
+            handle = leaf.register_forward_hook(lambda *_: action(rig))
+        rig.after.append(handle.remove)
+
+    return Fault(name, arm, lambda rig: len(rig.net.leaves), raises)
+
+
+def take_all(rig: Rig) -> None:
+    others = rig.streams.sibling()
+    block = others.allocate(rig.streams.free_memory() // 512 * 512)
+    rig.after.append(lambda: (others.free(block), others.close()))
+
+
+def need_too_much(rig: Rig) -> None:
+    rig.streams.free(rig.streams.sibling().allocate(rig.streams.free_memory() + 512))
+
+
+def slow_down(rig: Rig) -> None:
+    streams = rig.streams
+    streams.bandwidth, streams.latency = 2e7, 5e-4
+    rig.after.append(lambda: (setattr(streams, "bandwidth", 2e9), setattr(streams, "latency", 0.0)))
+
+
+def fail(error: BaseException) -> Callable[[Rig], None]:
+    def action(rig: Rig) -> None:
+        raise error
+
+    return action
+
+
+def elsewhere(action: Callable[[Rig], object]) -> Callable[[Rig], None]:
+    return lambda rig: on_thread(lambda: action(rig))
+
+
+OOM = torch.cuda.OutOfMemoryError
+FAULTS = [
+    counted("allocate", OOM),
+    counted("onload fails", RuntimeError),
+    counted("offload fails", RuntimeError),
+    counted("onload refused", RuntimeError),
+    counted("offload refused", RuntimeError),
+    at_leaf("memory taken by somebody else from a leaf on", take_all, OOM),
+    at_leaf("computing runs out of memory", need_too_much, OOM),
+    at_leaf("a hundred times slower from a leaf on", slow_down),
+    at_leaf("exception before a leaf", fail(ValueError(RAISED)), ValueError),
+    at_leaf("exception behind a leaf", fail(ValueError(RAISED)), ValueError, late=True),
+    at_leaf("interrupt before a leaf", fail(Interrupt()), Interrupt),
+    at_leaf("interrupt behind a leaf", fail(Interrupt()), Interrupt, late=True),
+    at_leaf("drain in the pass", lambda rig: rig.mover.drain()),
+    at_leaf("drain by another thread", elsewhere(lambda rig: rig.mover.drain())),
+    at_leaf("detach in the pass", lambda rig: rig.mover.detach()),
+    at_leaf("detach by another thread", elsewhere(lambda rig: rig.mover.detach())),
+]
+
+
+# -- a try -------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Outcome:
+    """Of all places of one fault in one phase."""
+
+    tries: int = 0
+    finished: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    told: int = 0
+    """Tries after which the status had the error."""
+
+    def row(self, fault: Fault, phase: Phase) -> str:
+        raised = ", ".join(f"{count} raise {name}" for name, count in sorted(self.errors.items()))
+        outcome = ", ".join(each for each in (f"{self.finished} finish with the same bits" if self.finished else "", raised) if each)
+        return f"| {fault.name} | {phase.name} | {self.tries} | {outcome} | all {self.tries} |"
+
+
+@contextlib.contextmanager
+def logged() -> Iterator[list[logging.LogRecord]]:
+    """Warnings and errors of ours meanwhile."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append
+    logger = logging.getLogger("async_lowvram")
+    logger.addHandler(handler)
+    try:
+        yield records
+    finally:
+        logger.removeHandler(handler)
+
+
+def places(fault: Fault, phase: Phase) -> int:
+    """How many there are."""
+    rig = phase.rig()
+    rig.streams.counts.clear()
+    fault.arm(rig, 0)
+    assert phase.job(rig)
+    rig.streams.synchronize(rig.streams.record(rig.streams.onload_stream))
+    rig.streams.synchronize(rig.streams.record(rig.streams.offload_stream))
+    found = fault.places(rig)
+    finish(rig)
+    return found
+
+
+def attempt(fault: Fault, phase: Phase, number: int, outcome: Outcome) -> None:
+    """One try. Raises AssertionError where a promise is broken."""
+    rig = phase.rig()
+    outcome.tries += 1
+    with logged() as records:
+        fault.arm(rig, number)
+        try:
+            assert phase.job(rig), "the job gave other bits"
+            if fault.lingers:
+                assert rig.next_pass(), "the job's second pass gave other bits"
+                rig.mover.drain()
+            outcome.finished += 1
+        except (AssertionError, KeyError):
+            raise
+        except BaseException as error:
+            assert isinstance(error, fault.raises), f"the job raised {error!r}"
+            assert RAISED in str(error) or isinstance(error, (OOM, Interrupt)), f"the job raised {error!r}"
+            name = type(error).__name__
+            outcome.errors[name] = outcome.errors.get(name, 0) + 1
+        rig.streams.disarm()
+        for end in rig.after:
+            end()
+        for _ in range(3):
+            assert rig.next_pass(), "the next pass gave other bits"
+        status = rig.mover.status()
+        assert not status["placement_faults"] or phase.grad or "the pass" in fault.name, status["last_error"]
+        assert not rig.mover.demoted, rig.mover.demoted
+        finish(rig)
+    errors = [record for record in records if record.levelno >= logging.ERROR]
+    assert not errors, [record.getMessage() for record in errors]
+    assert len(records) <= 2, [record.getMessage() for record in records]
+    assert all("\n" not in record.getMessage() for record in records)
+    if any(RAISED in record.getMessage() for record in records):
+        assert RAISED in status["last_error"], status["last_error"]
+        outcome.told += 1
+
+
+def finish(rig: Rig) -> None:
+    """Nothing may be left, and the weights must be the twin's."""
+    rig.mover.drain()
+    assert rig.streams.allocated_bytes == 0, f"{rig.streams.allocated_bytes} bytes left on the device"
+    for name, mine in rig.net.state_dict().items():
+        assert torch.equal(mine, rig.twin.state_dict()[name]), f"{name} is not what it should be"
+    rig.mover.detach()
+    assert rig.mover.host.pinned_bytes == 0, f"{rig.mover.host.pinned_bytes} bytes still pinned"
+    for module in rig.net.modules():
+        left = [hook for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())]
+        assert not [hook for hook in left if "lib_async_lowvram" in hook.__module__], "hooks left"
+    for name, mine in rig.net.state_dict().items():
+        assert torch.equal(mine, rig.twin.state_dict()[name]), f"{name} is not what it should be"
+    rig.mover.close()
+    rig.streams.close()
+
+
+def all_places(fault: Fault, phase: Phase) -> Outcome:
+    outcome = Outcome()
+    for number in range(1, places(fault, phase) + 1):
+        try:
+            attempt(fault, phase, number, outcome)
+        except AssertionError as error:
+            raise AssertionError(f"{fault.name}, {phase.name}, place {number}: {error}") from error
+    return outcome
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    logging.getLogger("async_lowvram").propagate = False
+    print("| fault | phase | tries | outcome | next passes identical, nothing left |\n|---|---|---|---|---|")
+    tries = 0
+    for fault in FAULTS:
+        for phase in PHASES:
+            outcome = all_places(fault, phase)
+            tries += outcome.tries
+            if outcome.tries:
+                print(outcome.row(fault, phase), flush=True)
+        gc.collect()
+    print(f"\n{tries} tries")
+
+
+if __name__ == "__main__":
+    main()
