@@ -76,6 +76,19 @@ def test_what_is_let_go_of_is_not_copied(case: Case) -> None:
     case.streams.synchronize(last_of(third, case.streams))
 
 
+def test_a_master_is_read_behind_its_write_back(case: Case) -> None:
+    master, changed, block = case.master(900), case.streams.allocate(900), case.streams.allocate(900)
+    assert case.host.pin(master)  # or the write-back would hold up this thread
+    case.streams.use(writes=[changed], what="changed")
+    changed.fill_(7)
+    case.streams.wait(case.streams.offload_stream, case.streams.record(case.streams.current_stream()))
+    with case.inner.hold_copies("offload"):
+        case.streams.copy(master, changed, case.streams.offload_stream)
+        job = case.stager.submit(block, master, case.streams.record(case.streams.offload_stream))
+    case.streams.synchronize(job.event())
+    assert block.eq(7).all()
+
+
 def test_an_error_is_raised_for_its_own_waiter_and_the_thread_goes_on(case: Case) -> None:
     good, short = case.master(100), case.streams.allocate(100)
     wrong = case.stager.submit(case.master(100), case.master(100, 1))  # not device memory

@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from lib_async_lowvram import AsyncModelMover, OffloadConfig
+from lib_async_lowvram.core.states import ONLOADING
 from lib_async_lowvram.device.host_memory import HostMemory
 from lib_async_lowvram.device.recorder import RecordingStreams
 from lib_async_lowvram.device.simulated import SimulatedStreams
+from lib_async_lowvram.device.staging import Staged, Stager
 from lib_async_lowvram.device.streams import Event
 from tests.mover.chains import LEAF_BYTES, Chain, Leaf, X, attached, call, on_thread, pair, same, simulated
 from tests.mover.zoo import EVERYTHING, MIXED, Rig, Zoo
@@ -210,6 +212,34 @@ def test_changes_inside_a_pass(change: Callable[[Leaf], None], place: int, budge
         leaf.inside = change
     for _ in range(3):
         same(net, twin, streams)
+    finished(mover, streams, net, twin)
+
+
+def test_the_thread_is_told_of_write_backs_until_it_has_waited_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An onload of a changed unit that is let go of leaves the wait to the next one."""
+    told: list[tuple[int, Event | None]] = []
+    submit = Stager.submit
+
+    def spy(self: Stager, memory: torch.Tensor, master: torch.Tensor, after: Event | None = None, timed: Any = None) -> Staged:
+        told.append((master.data_ptr(), after))
+        return submit(self, memory, master, after, timed)
+
+    monkeypatch.setattr(Stager, "submit", spy)
+    net, twin, mover, streams = staged(LEAF_BYTES)
+    net.leaves[0].inside = twin.leaves[0].inside = halve
+    same(net, twin, streams)
+    unit = mover._networks["net"].contents.units[0]
+    mine = [after for address, after in told if address == unit.master.data_ptr()]
+    assert mine[-1] is not None and unit.written is mine[-1]
+    assert mine[:-1] == [None] * (len(mine) - 1)
+    told.clear()
+    streaming = mover._networks["net"].streaming
+    assert unit.state is ONLOADING
+    streaming._slots.vacate(unit, streams.current_stream())
+    streaming._slots.onload(unit)
+    assert told == [(unit.master.data_ptr(), mine[-1])]
+    same(net, twin, streams)
+    assert unit.written is None
     finished(mover, streams, net, twin)
 
 
