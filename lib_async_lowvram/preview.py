@@ -108,9 +108,10 @@ class PreviewWorker:
         with self._changed:
             self.counters.submitted += 1
             self._replace(request)
-            if state.thread is None:
-                state.thread = threading.Thread(target=self._run, name="async-lowvram-preview", daemon=True)
-                state.thread.start()
+            if state.thread is None or not state.thread.is_alive():  # it may have died, of a device that is gone, say
+                thread = threading.Thread(target=self._run, name="async-lowvram-preview", daemon=True)
+                thread.start()
+                state.thread = thread
             self._changed.notify_all()
         self.counters.submit_seconds += time.perf_counter() - started
         return True
@@ -181,7 +182,7 @@ class PreviewWorker:
             with self._changed:
                 self.counters.skipped += 1
             return
-        except Exception as error:  # whatever a decoder raises costs one frame, never the job
+        except BaseException as error:  # whatever a decoder raises costs one frame, never the job; nobody interrupts this thread
             self._failed(request.job, error)
             return
         with self._changed:
@@ -193,7 +194,7 @@ class PreviewWorker:
             self.counters.decoded += 1
         self.counters.decode_seconds += time.perf_counter() - started
 
-    def _failed(self, job: int, error: Exception) -> None:
+    def _failed(self, job: int, error: BaseException) -> None:
         with self._changed:
             state = self._state
             self.counters.errors += 1

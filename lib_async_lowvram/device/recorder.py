@@ -190,6 +190,9 @@ class RecordingStreams(HostWork):
             self._actors.tick(host, f"synchronize with op {event.operation.number}")
             join(host.clock, event.clock)
 
+    def failed(self, event: Event) -> bool:
+        return self.inner.failed(self._mine(event).inner)
+
     def elapsed(self, start: Event, end: Event) -> float:
         return self.inner.elapsed(self._mine(start).inner, self._mine(end).inner)
 

@@ -22,7 +22,7 @@ import torch
 
 from lib_async_lowvram import AsyncModelMover, NetworkSpec, Region
 from lib_async_lowvram.device.simulated import SimulatedStreams
-from tests.mover.chains import LEAF_BYTES, X, Chain, Leaf, attached, call, on_thread, pair, simulated
+from tests.mover.chains import LEAF_BYTES, Chain, Leaf, X, attached, call, on_thread, pair, simulated
 
 BUDGET = 4 * LEAF_BYTES  # a ring for two, and two residents
 CAPACITY = 32 * LEAF_BYTES

@@ -18,6 +18,14 @@ from tests.mover.chains import simulated
 PATIENCE = 60
 
 
+class Interrupt(BaseException):
+    """As the WebUI interrupts."""
+
+
+def gone(*_: object) -> None:
+    raise RuntimeError("gone")
+
+
 class Studio:
     """A worker whose decoder can be held, and what it has shown."""
 
@@ -26,7 +34,7 @@ class Studio:
         self.decoding = threading.Semaphore(0)  # one permit per decoding begun
         self.allowed = threading.Semaphore(0)  # one taken per decoding
         self.seen = threading.Semaphore(0)  # one permit per frame shown
-        self.fail: Exception | None = None
+        self.fail: BaseException | None = None
         self.worker = PreviewWorker(streams, HostMemory(streams), lambda pixels: int(pixels.flatten()[0]), self._show)
 
     def _show(self, value: int) -> None:
@@ -251,3 +259,43 @@ def test_nan_is_black() -> None:
 @pytest.mark.parametrize("value", range(256))
 def test_every_level_survives(value: int) -> None:
     assert int(to_pixels(torch.full((1, 3, 1, 1), value / 127.5 - 1)).flatten()[0]) == value
+
+
+@pytest.mark.parametrize("error", [SystemExit(), KeyboardInterrupt(), Interrupt()], ids=lambda error: type(error).__name__)
+def test_what_ends_a_thread_costs_one_frame(studio: Studio, error: BaseException) -> None:
+    studio.fail = error
+    studio.submit(1)
+    studio.allow()
+    studio.begun()
+    studio.worker.quiesce()
+    studio.fail = None
+    assert studio.worker.counters.errors == 1
+    assert studio.submit(2)
+    studio.allow()
+    studio.frame()
+    assert studio.shown == [2]
+
+
+def test_a_thread_that_died_is_replaced(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    died = threading.Event()
+    monkeypatch.setattr(threading, "excepthook", lambda args: died.set())
+    with monkeypatch.context() as broken:
+        broken.setattr(studio.worker._streams, "aside", gone)
+        studio.submit(1)
+        assert died.wait(PATIENCE)
+        studio.worker._state.thread.join()
+    assert studio.submit(2)
+    studio.allow()
+    studio.frame()
+    assert studio.shown == [2]
+
+
+def test_a_thread_that_cannot_be_started_is_tried_again(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(threading.Thread, "start", gone)
+        with pytest.raises(RuntimeError, match="gone"):
+            studio.submit(1)
+    assert studio.submit(2)
+    studio.allow()
+    studio.frame()
+    assert studio.shown == [2]

@@ -1,0 +1,108 @@
+"""Copies that fail, under the ordering judge; and what each part of the clearing up is for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lib_async_lowvram import AsyncModelMover
+from lib_async_lowvram.device.recorder import RecordingStreams
+from lib_async_lowvram.device.simulated import SimulatedStreams
+from tests.mover.chains import LEAF_BYTES, Chain, attached, call, pair, same, simulated
+from tests.mover.test_out_of_memory import Buffered
+
+BUS = "bus"
+
+
+def failing(streams: SimulatedStreams, lane: str, number: int) -> None:
+    """The `number`-th copy of that lane from now on fails, counted from 0."""
+    engine = streams.onload_stream if lane == "onload" else streams.offload_stream
+    wanted = engine.copies + number
+    engine.link.fail_copy = lambda count: RuntimeError(BUS) if count == wanted else None
+
+
+def rigged(budget: int = 4 * LEAF_BYTES) -> tuple[SimulatedStreams, RecordingStreams, Chain, Chain, AsyncModelMover]:
+    device = simulated()
+    streams = RecordingStreams(device)
+    net, twin = pair()
+    return device, streams, net, twin, attached(net, streams, budget)
+
+
+@pytest.mark.parametrize("lane", ["onload", "offload"])
+@pytest.mark.parametrize("number", range(6))
+def test_under_the_judge(lane: str, number: int) -> None:
+    device, streams, net, twin, mover = rigged()
+    for model in (net, twin):
+        for leaf in model.leaves:
+            leaf.inside = lambda leaf: leaf.weight.mul_(0.5)
+    failing(device, lane, number)
+    try:
+        call(net, streams)
+        call(net, streams)
+        mover.drain()
+    except RuntimeError as error:
+        assert str(error) == BUS
+    with torch.no_grad():
+        for mine, theirs in zip(net.leaves, twin.leaves, strict=True):
+            if mine.inside is None:
+                theirs.weight.mul_(0.5)
+            mine.inside = theirs.inside = None
+    for _ in range(3):
+        same(net, twin, streams)
+    assert not mover.demoted
+    mover.detach()
+    assert streams.allocated_bytes == 0
+    for mine, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    streams.check()
+
+
+def test_a_buffer_that_does_not_arrive_holds_no_memory() -> None:
+    streams = simulated()
+    net, twin = pair(Buffered)
+    mover = attached(net, streams, 2 * LEAF_BYTES)
+    mover.drain()
+    for number in range(4):
+        failing(streams, "onload", number)
+        with pytest.raises(RuntimeError, match=BUS):
+            call(net, streams)
+        assert streams.allocated_bytes == 0
+    same(net, twin, streams)
+    mover.detach()
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_buffer_that_cannot_be_saved_at_once_is_saved_then(number: int) -> None:
+    streams = simulated()
+    net, twin = pair(Buffered)
+    mover = attached(net, streams, 2 * LEAF_BYTES)
+    for model in (net, twin):
+        model.chain.leaves[5].inside = lambda leaf, model=model: [buffer.mul_(2.0) for buffer in model.buffers()]
+    same(net, twin, streams)
+    failing(streams, "offload", number)
+    mover.drain()  # the weights and buffers are saved in the end, so nobody need know
+    assert streams.allocated_bytes == 0 and BUS in mover.status()["last_error"]
+    for mine, theirs in zip(net.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
+    same(net, twin, streams)
+    mover.detach()
+
+
+def refuse(*_: object) -> None:
+    raise RuntimeError(BUS)
+
+
+def test_weights_that_cannot_be_saved_at_all_are_an_error(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = simulated()
+    net, twin = pair()
+    mover = attached(net, streams, 1 << 20)
+    net.leaves[3].inside = lambda leaf: leaf.weight.mul_(0.5)
+    call(net, streams)
+    monkeypatch.setattr(streams, "copy", refuse)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=BUS):
+        net.leaves[2].weight.mul_(0.5)
+        mover.drain()
+    assert any("not all on the host" in record.getMessage() for record in caplog.records)
+    assert streams.allocated_bytes == 0
+    mover.detach()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
