@@ -20,7 +20,7 @@ from lib_async_lowvram.core.states import ONLOADING
 from lib_async_lowvram.device.host_memory import HostMemory
 from lib_async_lowvram.device.recorder import RecordingStreams
 from lib_async_lowvram.device.simulated import SimulatedStreams
-from lib_async_lowvram.device.staging import Staged, Stager
+from lib_async_lowvram.device.staging import Progress, Staged, Stager
 from lib_async_lowvram.device.streams import Event
 from tests.mover.chains import LEAF_BYTES, Chain, Leaf, X, attached, call, on_thread, pair, same, simulated
 from tests.mover.zoo import EVERYTHING, MIXED, Rig, Zoo
@@ -119,6 +119,16 @@ def test_the_zoo_under_every_limit(share: float, budget: int) -> None:
     rig.mover.detach()
     rig.same_weights()
     streams.check()
+
+
+def test_the_ring_is_kept_back_when_not_everything_can_be_pinned() -> None:
+    """Or masters would be pinned at first only to give way when the network is entered."""
+    net, twin, mover, streams = staged(3 * LEAF_BYTES, passes=0)
+    assert mover.status()["pinned_bytes"] == LEAF_BYTES
+    for _ in range(3):
+        same(net, twin, streams)
+    assert mover.status()["pinned_bytes"] == 3 * LEAF_BYTES
+    finished(mover, streams, net, twin)
 
 
 def test_the_ring_takes_pieces_of_units_that_are_larger(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,6 +476,39 @@ def test_the_host_waits_only_until_the_copy_is_enqueued() -> None:
     gate.set()
     done.join()
     assert mover.status()["staging_waits"] > before
+    finished(mover, streams, net, twin)
+
+
+def test_what_is_queued_is_let_go_of_before_its_place_is_given_away_or_its_master_read_anew() -> None:
+    gate = threading.Event()
+
+    class Gated(SimulatedStreams):
+        def copy_on_host(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+            assert gate.wait(60)
+            super().copy_on_host(destination, source)
+
+    gate.set()
+    net, twin, mover, streams = staged(LEAF_BYTES, RecordingStreams(simulated(Gated)))
+    mover.drain()
+    gate.clear()
+    with torch.no_grad():
+        mover.prepare("net")
+    network = mover._networks["net"]
+    streaming, (first, second) = network.streaming, network.contents.units[:2]
+    assert first.copied.progress is Progress.RUNNING or not first.copied.enqueued
+    job = second.copied
+    assert job.progress is Progress.QUEUED  # behind the first one, which the gate holds up
+    streaming._slots.vacate(second, streams.current_stream())
+    assert job.progress is Progress.OVER and not isinstance(second.copied, Staged)
+    streaming._slots.onload(second)
+    job = second.copied
+    assert job.progress is Progress.QUEUED
+    streaming._transfers.onload(second)  # fetched again: a change was seen
+    assert job.progress is Progress.OVER and second.copied.progress is Progress.QUEUED
+    second.pending = 1
+    gate.set()
+    for _ in range(3):
+        same(net, twin, streams)
     finished(mover, streams, net, twin)
 
 
