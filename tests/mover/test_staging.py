@@ -351,6 +351,19 @@ def test_several_networks_under_one_limit(the_limit_holds: list[int]) -> None:
     finished(mover, streams, *nets[0])
 
 
+def test_masters_give_way_to_a_ring_of_full_size() -> None:
+    """Not only where there is no room at all for one."""
+    streams = judged()
+    (net, twin), (other, its_twin) = pair(), pair()
+    mover = attached(net, streams, pinned_limit_bytes=ALL + 1024)
+    mover.attach({"other": other})
+    for _ in range(3):
+        same(other, its_twin, streams)
+        same(net, twin, streams)
+    assert mover.status()["staging_bytes"] == 2 * LEAF_BYTES
+    finished(mover, streams, net, twin)
+
+
 def test_the_limit_changes_in_the_middle(the_limit_holds: list[int]) -> None:
     net, twin, mover, streams = staged(ALL)
     for limit in (LEAF_BYTES, ALL, 1, 3 * LEAF_BYTES, 2000, 0):
