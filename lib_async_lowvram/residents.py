@@ -68,13 +68,14 @@ class Residents:
         if kept is not None:
             memory, used = kept
             self._arena.adopt(unit.index, memory)
-            self._streams.wait(self._streams.current_stream(), used)
         unit.bind(self._arena.block(unit.index, unit.nbytes))
         if kept is not None and unchanged:
             unit.to(UnitState.ONLOADING)
             unit.copied = used  # the learning pass has made this copy
         else:
-            self._transfers.onload(unit, behind=None if kept is None else self._streams.current_stream())
+            if kept is not None:
+                self._streams.wait(self._streams.onload_stream, used)  # the learning pass may read it still
+            self._transfers.onload(unit)
         self._arrived.append(unit)
         if not self._announced(unit):
             self._transfers.wait_and_publish(unit, self._streams.current_stream())

@@ -108,22 +108,15 @@ class Uses:
     def _deal_with(self, unit: Unit, change: Change) -> bool:
         """Somebody changed the unit while its parameters pointed at the master. True when a copy already made is stale."""
         if change is LAYOUT:
-            self._settle(unit)
             if unit.state is ONLOADING or unit.state is READY:
                 self._slots.vacate(unit, self._streams.current_stream())
                 self._blocked = False
-            self._contents.adopt(unit)
+            self._contents.adopt(unit)  # which waits for a write-back, too: it lets go of the master
+            if unit.state is WRITE_BACK:
+                unit.to(HOST)
             return False
-        if unit.state is WRITE_BACK:
-            self._settle(unit)
         unit.accept_versions()
         return unit.state is not HOST
-
-    def _settle(self, unit: Unit) -> None:
-        """Wait on the host for a write-back: the master is about to be read or replaced by the host."""
-        if unit.state is WRITE_BACK:
-            self._streams.synchronize(unit.written)
-            unit.to(HOST)
 
     # -- release -------------------------------------------------------------------------------------------------------
     def release(self, unit: Unit) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -124,5 +125,23 @@ def test_taken_over_on_another_thread_everything_is_ordered() -> None:
         net.leaves[0].weight += 1
         twin.leaves[0].weight += 1
     same(net, twin, streams)
+    mover.detach()
+    streams.check()
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_what_is_kept_is_not_overwritten_while_the_learning_pass_reads_it(elsewhere: bool) -> None:
+    """The master was changed on the host since: the copy kept is out of date."""
+    streams = recorded()
+    net, twin = pair()
+    mover = attached(net, streams, ROOMY, passes=0)
+    same(net, twin, streams)
+    for model in (net, twin):
+        with torch.no_grad():
+            model.leaves[2].weight.mul_(0.5)
+    if elsewhere:
+        on_thread(lambda: same(net, twin, streams))
+    else:
+        same(net, twin, streams)
     mover.detach()
     streams.check()
