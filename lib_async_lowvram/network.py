@@ -126,18 +126,14 @@ class Network:
             unit.suspect = context.config.always_write_back
         self.in_pass = True
         self.thread = threading.get_ident()
-        try:
-            if announced and torch.is_grad_enabled():
-                self._give_back()  # arrived residents would fire unnoticed
-                self.hooks.observe(True)
-                self.undecided = True
-            else:
-                self.begin_moving()
-        except BaseException:
-            self.end_pass(complete=False)
-            raise
         if context.checker is not None:
             context.checker.enter()
+        if announced and torch.is_grad_enabled():
+            self._give_back()  # arrived residents would fire unnoticed
+            self.hooks.observe(True)
+            self.undecided = True
+        else:
+            self.begin_moving()
 
     def begin_moving(self) -> None:
         """The pass's first module is about to run: regions move, or units stream."""

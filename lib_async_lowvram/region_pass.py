@@ -69,7 +69,7 @@ class RegionPass:
         self.consumer = self._streams.current_stream()
 
     def start(self) -> None:
-        """Bring what is outside all regions. May raise torch's out-of-memory error; `close` cleans up."""
+        """Bring what is outside all regions. May raise torch's out-of-memory error; `rescue.abandon` cleans up."""
         network = self._network
         with network.judged(False):
             self._always = network.contents.units_of(None)
@@ -136,9 +136,7 @@ class RegionPass:
             start = streams.record(streams.onload_stream, timing=True)
             streams.copy(memory, unit.master, streams.onload_stream)
             self._copies.append((unit.nbytes, start, streams.record(streams.onload_stream, timing=True)))
-        end = streams.record(streams.onload_stream)
-        streams.synchronize(end)
-        streams.wait(streams.current_stream(), end)
+        streams.synchronize(streams.record(streams.onload_stream))
         for unit in units:
             if unit.state is UnitState.ONLOADING:
                 unit.to(UnitState.READY)
@@ -170,18 +168,11 @@ class RegionPass:
         consumed = streams.record(self.consumer)  # not the calling thread's: another one may close the pass
         if self._gradients:
             streams.share(memory, self.consumer)
-        if unit.state is UnitState.ONLOADING:  # an error came between its copy and its publication
-            streams.synchronize(streams.record(streams.onload_stream))
-            unit.to(UnitState.HOST)
-            unit.unbind()
-            del self._memory[unit.index]
-            streams.free(memory, (consumed,))
-            return
         change = unit.device_change()
         if change is Change.LAYOUT:
             unit.to(UnitState.WRITE_BACK)
-            # Packing reads the device on the calling thread's stream: behind the consumer, and before the memory goes.
-            streams.wait(streams.current_stream(), consumed)
+            # Packing reads the device on the calling thread's stream - the consumer, or one that `close` has put behind it - and
+            # before the memory goes.
             self._network.contents.adopt(unit)
             consumed = streams.record(streams.current_stream())
         else:

@@ -194,7 +194,13 @@ class RecordingStreams(HostWork):
         return self.inner.failed(self._mine(event).inner)
 
     def elapsed(self, start: Event, end: Event) -> float:
-        return self.inner.elapsed(self._mine(start).inner, self._mine(end).inner)
+        mine = self._mine(start), self._mine(end)
+        with self._lock:
+            known = self._actors.host().clock
+            for event in mine:
+                if not event.operation.before(known):
+                    raise OrderingViolation(f"the time of {event.operation} is asked for, which the calling thread does not know to be done")
+        return self.inner.elapsed(mine[0].inner, mine[1].inner)
 
     # -- copies --------------------------------------------------------------------------------------------------------
     def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:

@@ -310,9 +310,10 @@ class Integration:
         try:
             action()
         except Exception as error:
-            self._last_error = f"{type(error).__name__}: {error}"
+            # Without the error's text, which may hold anything: this goes to the status route as well.
+            self._last_error = f"failed while {what} ({type(error).__name__})"
             importlib.import_module("modules.errors").report(f"[Async LowVRAM] failed while {what}", exc_info=True)
-            self._on_demote(f"failed while {what} ({type(error).__name__})")
+            self._on_demote(self._last_error)
 
     # -- what people see -----------------------------------------------------------------------------------------------------
     def status(self) -> dict[str, Any]:

@@ -358,13 +358,22 @@ def test_violations_are_kept_up_to_a_number():
         streams.check()
 
 
+def test_a_time_is_known_only_to_a_thread_that_has_waited(bench):
+    s = bench.streams
+    start, end = s.record(s.current_stream(), timing=True), s.record(s.current_stream(), timing=True)
+    with pytest.raises(OrderingViolation, match="does not know"):
+        s.elapsed(start, end)
+    assert s.done(end)
+    assert s.elapsed(start, end) >= 0
+
+
 def test_the_wrapper_passes_everything_through(bench):
     s, inner = bench.streams, bench.streams.inner
     assert (s.device, s.knows_stalls) == (inner.device, True)
     assert s.allocated_bytes == s.peak_allocated_bytes == N and s.free_memory() == inner.free_memory()
     start, end = s.record(s.current_stream(), timing=True), s.record(s.current_stream(), timing=True)
-    assert s.elapsed(start, end) >= 0
     s.synchronize(end)
+    assert s.elapsed(start, end) >= 0
     assert s.host_waits == 1 and s.stall_seconds == 0.0 and s.owns(bench.slot.data_ptr())
     s.free(bench.slot, ())
     s.reset_peak()

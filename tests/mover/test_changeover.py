@@ -104,6 +104,26 @@ def test_a_resident_that_was_changed_is_written_back_before_it_is_shed() -> None
         assert torch.equal(mine, theirs)
 
 
+def test_what_was_changed_between_passes_and_is_shed_then_may_be_read_on_the_host_at_once() -> None:
+    """Whoever reads the master in that pass, before the unit is used, reads what was written."""
+    streams = recorded(bandwidth=SLOW)
+    net, twin = pair()
+    mover = attached(net, streams, RING + 3 * LEAF_BYTES, lookahead_bytes=RING)
+    same(net, twin, streams)
+    last = max(resident(mover))
+    for model in (net, twin):
+        with torch.no_grad():
+            model.leaves[last].weight.mul_(0.5)
+    change(mover, 0)
+    read = []
+    net.leaves[0].inside = lambda _: read.append(net.leaves[last].weight.clone())
+    same(net, twin, streams)
+    assert last > 0 and torch.equal(read[0], twin.leaves[last].weight)
+    assert mover.status()["replanned"] == 1
+    mover.detach()
+    streams.check()
+
+
 def test_no_room_to_grow() -> None:
     """Somebody else took the memory: what was shed stays shed, the job goes on, and the wish is not repeated at every pass."""
     streams = simulated(bandwidth=SLOW, capacity_bytes=RING + 3 * LEAF_BYTES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lib_async_lowvram import AsyncModelMover
+from lib_async_lowvram import AsyncModelMover, NetworkSpec, Region
 from lib_async_lowvram.device.recorder import RecordingStreams
 from lib_async_lowvram.device.simulated import SimulatedStreams
 from tests.mover.chains import LEAF_BYTES, Chain, attached, call, pair, same, simulated
@@ -54,6 +54,32 @@ def test_under_the_judge(lane: str, number: int) -> None:
     assert streams.allocated_bytes == 0
     for mine, theirs in zip(net.parameters(), twin.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+    streams.check()
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_weights_outside_all_regions_that_do_not_arrive(number: int) -> None:
+    """A learning pass begins with them; some are on their way when there is no room for the next."""
+    device = simulated(bandwidth=2e7)
+    streams = RecordingStreams(device)
+    net, twin = pair()
+    spec = NetworkSpec([Region(leaf) for leaf in net.leaves[:3]], net, roots=[net])
+    mover = attached(spec, streams, run=net, passes=0)
+    allocate, left = device.allocate, [number]
+
+    def refusing(nbytes: int) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] == -1:
+            raise torch.cuda.OutOfMemoryError(BUS)
+        return allocate(nbytes)
+
+    device.allocate = refusing
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=BUS):
+        call(net, streams)
+    assert left[0] == -1 and streams.allocated_bytes == 0
+    for _ in range(3):
+        same(net, twin, streams)
+    mover.detach()
     streams.check()
 
 

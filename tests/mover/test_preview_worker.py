@@ -12,6 +12,7 @@ from lib_async_lowvram.device.host_memory import HostMemory
 from lib_async_lowvram.device.recorder import RecordingStreams
 from lib_async_lowvram.device.simulated import SimulatedStreams
 from lib_async_lowvram.device.streams import Streams
+from lib_async_lowvram.device.use_logger import UseLogger
 from lib_async_lowvram.preview import ERRORS_IN_A_ROW, PreviewWorker, to_pixels
 from tests.mover.chains import simulated
 
@@ -241,6 +242,29 @@ def test_the_latent_is_read_behind_the_producer() -> None:
     assert producer == streams.current_stream()
     consumer, waited = waits[0]
     assert waited is written and consumer != producer
+
+
+def test_a_frame_is_read_on_the_host_once_it_has_arrived() -> None:
+    """Under the ordering judge: the copy to the host is over before pixels are made of it."""
+    streams = RecordingStreams(simulated())
+    picture = streams.allocate(3 * 2 * 2 * 4).view(torch.float32).view(1, 3, 2, 2)
+    seen = threading.Semaphore(0)
+    worker = PreviewWorker(streams, HostMemory(streams), lambda pixels: pixels, lambda frame: seen.release())
+
+    def decode(latent: torch.Tensor) -> torch.Tensor:
+        if worker._buffer is None:
+            UseLogger(streams).__enter__()  # of this thread's operations, from here on
+        else:
+            streams.register_host(worker._buffer)
+        picture.copy_(latent[:, :3])
+        return picture
+
+    for value in (1.0, 2.0, 3.0):
+        worker.submit(torch.full((1, 4, 2, 2), value), decode)
+        assert seen.acquire(timeout=PATIENCE)
+    worker.close()
+    assert any("copy_" in operation.what for operation in streams.log)
+    streams.check()
 
 
 def test_pixels_are_rounded_to_the_nearest() -> None:
