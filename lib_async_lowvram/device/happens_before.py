@@ -49,6 +49,10 @@ class Operation:
         return f"op {self.number} on {self.actor_name}: {self.what}"
 
 
+class OrderingViolation(AssertionError):
+    """Conflicting accesses that nothing orders, or a question that nobody could answer yet."""
+
+
 @dataclass(frozen=True, slots=True)
 class Violation:
     """Two accesses to the bytes [start, end), at least one a write, that nothing orders."""

@@ -35,15 +35,11 @@ from typing import Any
 import torch
 
 from .address_ranges import AddressRanges, HostRanges
-from .happens_before import AccessHistory, Clock, Operation, Violation, join
+from .happens_before import AccessHistory, Clock, Operation, OrderingViolation, Violation, join
 from .op_access import byte_range
 from .recorder_actors import Actors
 from .recorder_hosts import HostWork
 from .streams import Event, Stream, Streams
-
-
-class OrderingViolation(AssertionError):
-    """Conflicting accesses that nothing orders."""
 
 
 class RecordedEvent(Event):
@@ -192,15 +188,6 @@ class RecordingStreams(HostWork):
 
     def failed(self, event: Event) -> bool:
         return self.inner.failed(self._mine(event).inner)
-
-    def elapsed(self, start: Event, end: Event) -> float:
-        mine = self._mine(start), self._mine(end)
-        with self._lock:
-            known = self._actors.host().clock
-            for event in mine:
-                if not event.operation.before(known):
-                    raise OrderingViolation(f"the time of {event.operation} is asked for, which the calling thread does not know to be done")
-        return self.inner.elapsed(mine[0].inner, mine[1].inner)
 
     # -- copies --------------------------------------------------------------------------------------------------------
     def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:

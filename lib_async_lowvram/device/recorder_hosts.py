@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .happens_before import Clock, join
+from .happens_before import Clock, OrderingViolation, join
 from .streams import Event, Streams
 
 
@@ -35,6 +35,15 @@ class HostWork(Streams):
             host = self._actors.host()
             self._actors.tick(host, f"wait for op {event.operation.number}")
             join(host.clock, event.clock)
+
+    def elapsed(self, start: Event, end: Event) -> float:
+        mine = self._mine(start), self._mine(end)
+        with self._lock:
+            known = self._actors.host().clock
+            for event in mine:
+                if not event.operation.before(known):
+                    raise OrderingViolation(f"the time of {event.operation} is asked for by a thread that does not know it to be done")
+        return self.inner.elapsed(mine[0].inner, mine[1].inner)
 
     def copy_on_host(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         for tensor in (destination, source):

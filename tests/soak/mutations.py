@@ -26,7 +26,9 @@ IMPLEMENTATIONS = {
     *("use_logger.py", "recorder_actors.py", "happens_before.py", "cuda_errors.py", "choose.py"),
 }
 CALLS = ("wait", "record", "synchronize", "outwait")
-TESTS = ("tests/mover/test_events.py", "tests/mover/test_lookahead.py", "tests/soak/test_soak.py", "tests/mover", "tests/device")
+FIRST = "events lookahead write_back kept changeover buffers failed_copies preview_worker staging loose_and_packing".split()
+TESTS = (*(f"tests/mover/test_{each}.py" for each in FIRST), "tests/soak/test_soak.py", "tests/mover", "tests/device")
+"""Those that catch most come first; pytest runs none twice."""
 SECONDS = 900
 REDUNDANT: dict[tuple[str, str, str], str] = {}
 """(file, function, source of the call) -> why nothing can come of leaving it out."""
