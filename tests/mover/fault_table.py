@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -34,10 +35,13 @@ class Interrupt(BaseException):
 
 
 class FaultyStreams(SimulatedStreams):
-    """Lets the n-th allocation or the n-th enqueuing of a copy fail, counted from `arm`."""
+    """Lets the n-th allocation or the n-th enqueuing of a copy fail, counted from `arm`. Pins `pins_left` times, and at most
+    `pinned_most` bytes at once."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, pins_left: float = math.inf, pinned_most: float = math.inf, **settings: Any) -> None:
         super().__init__(**settings)
+        self.pins_left, self.pinned_most = pins_left, pinned_most
+        self.pinned: dict[int, int] = {}
         self.counts: dict[str, int] = {}
         self.fails: tuple[str, int] | None = None
         self.fail_copy = self._on_engine
@@ -56,6 +60,17 @@ class FaultyStreams(SimulatedStreams):
     def _on_engine(self, number: int) -> RuntimeError | None:
         lane = threading.current_thread().name.removeprefix("async-lowvram-")
         return RuntimeError(RAISED) if self._comes(f"{lane} fails") else None
+
+    def pin(self, address: int, nbytes: int) -> bool:
+        self.pins_left -= 1
+        if self.pins_left < 0 or sum(self.pinned.values()) + nbytes > self.pinned_most or not super().pin(address, nbytes):
+            return False
+        self.pinned[address] = nbytes
+        return True
+
+    def unpin(self, address: int) -> None:
+        self.pinned.pop(address, None)
+        super().unpin(address)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         if self._comes("allocate"):
@@ -109,8 +124,8 @@ class Phase:
     budget: int = BUDGET
     longer: int = 0
 
-    def rig(self) -> Rig:
-        streams = simulated(FaultyStreams, capacity_bytes=CAPACITY, bandwidth=2e9)
+    def rig(self, **limits: float) -> Rig:
+        streams = simulated(FaultyStreams, capacity_bytes=CAPACITY, bandwidth=2e9, **limits)
         net, twin = pair()
         for each in (net, twin):
             each.register_buffer("shift", torch.arange(8.0))
@@ -170,6 +185,8 @@ class Fault:
     raises: tuple[type[BaseException], ...]
     lingers: bool = False
     """It may be found after the pass it happened in: then the job is that pass, another one, and leaving."""
+    limits: Callable[[int], dict[str, float]] = lambda number: {}
+    """What the device will do from the start."""
 
 
 def counted(what: str, *raises: type[BaseException]) -> Fault:
@@ -228,8 +245,14 @@ def elsewhere(action: Callable[[Rig], object]) -> Callable[[Rig], None]:
     return lambda rig: on_thread(lambda: action(rig))
 
 
+def from_the_start(name: str, limits: Callable[[int], dict[str, float]]) -> Fault:
+    return Fault(name, lambda rig, number: None, lambda rig: len(rig.net.leaves), (), limits=limits)
+
+
 OOM = torch.cuda.OutOfMemoryError
 FAULTS = [
+    from_the_start("pinning refused from the n-th time on", lambda number: {"pins_left": number - 1}),
+    from_the_start("no more than n - 1/2 masters can be pinned", lambda number: {"pinned_most": (number - 0.5) * LEAF_BYTES}),
     counted("allocate", OOM),
     counted("onload fails", RuntimeError),
     counted("offload fails", RuntimeError),
@@ -295,7 +318,7 @@ def places(fault: Fault, phase: Phase) -> int:
 
 def attempt(fault: Fault, phase: Phase, number: int, outcome: Outcome) -> None:
     """One try. Raises AssertionError where a promise is broken."""
-    rig = phase.rig()
+    rig = phase.rig(**fault.limits(number))
     outcome.tries += 1
     with logged() as records:
         fault.arm(rig, number)
@@ -320,6 +343,7 @@ def attempt(fault: Fault, phase: Phase, number: int, outcome: Outcome) -> None:
         status = rig.mover.status()
         assert not status["placement_faults"] or phase.grad or "the pass" in fault.name, status["last_error"]
         assert not rig.mover.demoted, rig.mover.demoted
+        assert (status["tier"] == "pinned") == (not fault.limits(number)), status["tier"]
         finish(rig)
     errors = [record for record in records if record.levelno >= logging.ERROR]
     assert not errors, [record.getMessage() for record in errors]
