@@ -119,7 +119,8 @@ def try_it(mutation: Mutation, python: str, tests: Iterable[Path]) -> str:
         with (copy / "lib_async_lowvram/device/streams.py").open("a", encoding="utf-8") as streams:
             streams.write(NOTHING)
         environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-        command = [python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *(str(test.relative_to(ROOT)) for test in tests)]
+        files = (str(test.relative_to(ROOT)) for test in tests)
+        command = [python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *files]
         try:
             done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS)
         except subprocess.TimeoutExpired:
