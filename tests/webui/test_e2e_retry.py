@@ -25,7 +25,6 @@ JOBS = {
     "DPM++ SDE": ("txt2img", job(sampler_name="DPM++ SDE")),
     "DDIM": ("txt2img", job(sampler_name="DDIM")),
     "UniPC": ("txt2img", job(sampler_name="UniPC")),
-    "token merging": ("txt2img", job(override_settings={"token_merging_ratio": 0.5})),
     "hires": ("txt2img", job(**HIRES)),
     "batch of 2": ("txt2img", job(batch_size=2)),
     "img2img": ("img2img", img2img()),
@@ -54,12 +53,13 @@ def tried_again(pair: Any, name: str, what: dict[str, Any], kind: str = "txt2img
     """Ours with the error, stock without it; then both without."""
     before = pair.ours.status()
     arm(pair.ours, error, **where)
-    outcome = pair.run(f"{name}, {error} {where}", what, kind)
+    outcome = pair.run(f"{name}, {error} {where}", what, kind, managed=False)  # with all resident, it is not meant to be
     struck = pair.ours.get("/webui-fault")
     assert struck["struck"] == 1, struck
     after = pair.ours.status()
     assert after["retries"] - before["retries"] == 1 and after["retries_failed"] == before["retries_failed"]
     assert "made by a test" in after["last_error"]
+    assert (after["state"], after["allocated_bytes"], after["placement_faults"]) == ("active", 0, 0), after["last_error"]
     pair.run(f"{name}, the next job", what, kind)
     assert pair.ours.status()["retries"] == after["retries"]
     return outcome.pictures
@@ -76,6 +76,17 @@ def test_at_several_layers(pair, plain, error, place):
 def test_jobs(pair, name):
     kind, what = JOBS[name]
     tried_again(pair, name, what, kind, first=1, place=0.7)
+
+
+def test_token_merging(pair, plain):
+    """It draws in every pass, from a generator of its own."""
+    pair.set_options(token_merging_ratio=0.5)
+    try:
+        for first in (0, 2):
+            assert tried_again(pair, "token merging", job(), first=first) != plain
+    finally:
+        pair.set_options(token_merging_ratio=0.0)
+    assert pair.run("without", job()).pictures == plain
 
 
 def test_in_a_pass_that_patches(pair, plain):
