@@ -226,6 +226,8 @@ class RegionPass:
         """Device memory of units."""
         return list(self._memory.values())
 
+    fences = ()
+
     def abandon(self) -> None:
         """Loose tensors go home; `blocks` are the caller's to free. Nothing is in flight, and units are home already."""
         for loose in (self._loose, self._root_loose):

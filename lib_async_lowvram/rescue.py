@@ -64,7 +64,7 @@ def abandon(network: Network) -> list[str]:
         network.streaming = network.regions = network.left_standing = None
         for stream in (*(each.consumer for each in holding), streams.current_stream(), streams.onload_stream, streams.offload_stream):
             attempt("waiting for the device", lambda stream=stream: streams.synchronize(streams.record(stream)))
-        blocks = [block for each in holding for block in each.blocks]
+        blocks = [(block, each.fences) for each in holding for block in each.blocks]
         problems = [
             attempt("saving changed weights", lambda master=master, memory=memory: master.copy_(memory))
             for each in holding
@@ -80,8 +80,8 @@ def abandon(network: Network) -> list[str]:
             unit.dirty = False
         for each in holding:
             problems.append(attempt("bringing buffers to the host", each.abandon))
-        for block in blocks:
-            attempt("giving memory back", lambda block=block: streams.free(block))
+        for block, fences in blocks:
+            attempt("giving memory back", lambda block=block, fences=fences: streams.free(block, fences))
         attempt("giving back what was kept", lambda: network.kept.reduce_to(()))
         attempt("taking hooks off", network.hooks.units_off)
     network.context.peaks.learning(False)

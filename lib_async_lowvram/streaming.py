@@ -194,6 +194,12 @@ class Streaming:
         """Device memory that is held, but for the loose tensors' own."""
         return [*self._slots.own_blocks, *self.arena.blocks]
 
+    @property
+    def fences(self) -> tuple[Event, ...]:
+        """What `blocks` are free behind, beyond what the host has waited for: a device may have something to do with what was
+        discarded."""
+        return tuple(self._slots.fences())
+
     def abandon(self) -> None:
         """Loose tensors go home; `blocks` are the caller's to free. Nothing is in flight, and units are home already."""
         self._leave_loose()

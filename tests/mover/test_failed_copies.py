@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from lib_async_lowvram import AsyncModelMover, NetworkSpec, Region
 from lib_async_lowvram.device.recorder import RecordingStreams
 from lib_async_lowvram.device.simulated import SimulatedStreams
+from lib_async_lowvram.device.weights import Unit
 from tests.mover.chains import LEAF_BYTES, Chain, attached, call, pair, same, simulated
 from tests.mover.test_out_of_memory import Buffered
 
@@ -77,6 +79,23 @@ def test_weights_outside_all_regions_that_do_not_arrive(number: int) -> None:
     with pytest.raises(torch.cuda.OutOfMemoryError, match=BUS):
         call(net, streams)
     assert left[0] == -1 and streams.allocated_bytes == 0
+    for _ in range(3):
+        same(net, twin, streams)
+    mover.detach()
+    streams.check()
+
+
+def test_a_place_just_given_up_is_freed_behind_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy of a unit is dropped because its weights were replaced, and then there is no memory for these on the host."""
+    _, streams, net, twin, mover = rigged(2 * LEAF_BYTES)
+    weight = torch.randn_like(net.leaves[0].weight)
+    for model in (net, twin):
+        model.leaves[0].weight = nn.Parameter(weight.clone())
+    monkeypatch.setattr(Unit, "pack", refuse)
+    with pytest.raises(RuntimeError, match=BUS):
+        call(net, streams)
+    monkeypatch.undo()
+    assert streams.allocated_bytes == 0
     for _ in range(3):
         same(net, twin, streams)
     mover.detach()

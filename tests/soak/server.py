@@ -14,23 +14,24 @@ import gc
 import random
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
 
 import torch
 from torch import nn
 
-from lib_async_lowvram import AsyncModelMover, NetworkSpec, OffloadConfig, Region
+from lib_async_lowvram import AsyncModelMover, OffloadConfig
 from lib_async_lowvram.device.happens_before import Clock
 from lib_async_lowvram.device.recorder import RecordingStreams
 from lib_async_lowvram.device.simulated import SimulatedStreams
-from lib_async_lowvram.preview import NoRoom, PreviewWorker
-from lib_async_lowvram.shadow import Shadow
 from tests.lora_double import LoraDouble, Network
-from tests.mover.chains import Chain, X, call, judged, on_thread
-from tests.mover.zoo import Zoo
+from tests.mover.chains import X, call, on_thread
+from tests.soak.checkpoint import NAMES, Checkpoint
+from tests.soak.previewer import Previewer
 
-NAMES = ("text", "unet", "vae")
 CAPACITY = 8 << 20
+
+
+BROKEN = "the bus is broken"
 
 
 class Interrupted(BaseException):
@@ -39,48 +40,6 @@ class Interrupted(BaseException):
 
 class Failed(Exception):
     """A layer's own error."""
-
-
-class Steps(Zoo):
-    """A UNet whose blocks run in any `order`, some left out or run twice."""
-
-    def __init__(self, blocks: int) -> None:
-        super().__init__(blocks)
-        self.order = list(range(blocks))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.enter(x).reshape(-1, 4, 8)
-        for place in self.order:
-            x = self.blocks[place](x)
-        return self.out(x).sum(1)
-
-
-class Checkpoint:
-    """Three networks and their twins, from a seed. Attributes: nets, twins: by name."""
-
-    def __init__(self, seed: int, lora: LoraDouble) -> None:
-        blocks = random.Random(seed).choice((2, 3, 4))
-        makers = {"text": lambda: Zoo(1), "unet": lambda: Steps(blocks), "vae": lambda: Chain(4)}
-        self.seed = seed
-        self.nets, self.twins = ({name: self._made(make, seed) for name, make in makers.items()} for _ in range(2))
-        for name in NAMES:
-            lora.name_layers(self.nets[name], self.twins[name])
-
-    @staticmethod
-    def _made(make: Callable[[], nn.Module], seed: int) -> Any:
-        torch.manual_seed(seed)
-        return make().eval()
-
-    def specs(self) -> dict[str, NetworkSpec]:
-        return {"text": self.nets["text"].spec(), "unet": self.nets["unet"].spec(), "vae": self._vae(self.nets["vae"])}
-
-    @staticmethod
-    def _vae(net: Chain) -> NetworkSpec:
-        return NetworkSpec([Region(leaf) for leaf in net.leaves], net)
-
-    def both(self, name: str, action: Callable[[Any], object]) -> None:
-        for net in (self.nets[name], self.twins[name]):
-            action(net)
 
 
 class Server:
@@ -187,6 +146,8 @@ class Server:
             self._cut_short(name, net)
         elif roll < 0.13:
             self._starve(name, net)
+        elif roll < 0.16 and self.previewer is None:  # its frames would fail as well
+            self._break_a_copy(name, net)
         elif roll < 0.25:
             self._inside(net, *draw.choice((("drain from a thread", lambda: self._elsewhere(self.mover.drain)), *self._looks())))
         elif roll < 0.28:
@@ -253,8 +214,32 @@ class Server:
             call(net, self.streams)
         except torch.cuda.OutOfMemoryError:
             self._note("out of memory", name)
+            if self.random.random() < 0.5 and self.mover.shed(name):
+                self._note("shed, and tried again", name)
+                with suppress(torch.cuda.OutOfMemoryError):
+                    call(net, self.streams)
         finally:
             self.device.free(hog)
+
+    def _break_a_copy(self, name: str, net: nn.Module) -> None:
+        """One copy of one pass fails on its way. That may be found later, so the network is left before it is whole again."""
+        left = self.random.randrange(30)
+
+        def fail(_: int) -> RuntimeError | None:
+            nonlocal left
+            left -= 1
+            return RuntimeError(BROKEN) if left == -1 else None
+
+        self.device.fail_copy = fail
+        try:
+            call(net, self.streams)
+            self.mover.drain()
+        except RuntimeError as error:
+            assert str(error) == BROKEN
+            self._note("a copy failed", name)
+            self.mover.drain()
+        finally:
+            self.device.fail_copy = None
 
     # -- between passes and jobs -------------------------------------------------------------------------------------------
     def _between_passes(self) -> None:
@@ -375,45 +360,3 @@ class Server:
         for model in self.checkpoint.nets.values():
             self._forget_hooks(model)  # of leaves that the order left out
             assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-class Previewer:
-    """Frames decoded by a shadow of the VAE, on a thread and streams of their own, beside the passes."""
-
-    def __init__(self, server: Server) -> None:
-        vae, mover = server.checkpoint.nets["vae"], server.mover
-        with torch.no_grad():
-            self._expected = server.checkpoint.twins["vae"](X)
-        masters = mover.masters(["vae"])
-        self._shadow = Shadow(vae, lambda parameter: masters.get(id(parameter)))
-        self._streams = server.streams.sibling()
-        config = OffloadConfig(budget_bytes=1, small_leaf_bytes=0)
-        self._mover = AsyncModelMover(config, self._streams, host=mover.host)
-        self._mover.attach({"vae": Checkpoint._vae(self._shadow.module)})
-        self._worker = PreviewWorker(self._streams, mover.host, lambda pixels: pixels, lambda shown: None)
-        self._wrong = 0
-        self._count = 0
-
-    def submit(self) -> None:
-        """Another frame."""
-        self._count += 1
-        self._worker.submit(torch.zeros(1, 4, 2, 2), self._decode, self._count)
-
-    def _decode(self, latent: torch.Tensor) -> torch.Tensor:
-        try:
-            with judged(self._streams):
-                got = self._shadow.module(X)
-        except torch.cuda.OutOfMemoryError as error:
-            raise NoRoom from error  # somebody took it all
-        if not torch.equal(got, self._expected):
-            self._wrong += 1
-        return latent[:, :3]
-
-    def close(self) -> None:
-        """The last frame is waited for; none was wrong."""
-        self._worker.quiesce()
-        self._worker.close()
-        assert self._wrong == 0, "a preview was wrong"
-        assert self._worker.counters.errors == 0
-        self._mover.close()
-        self._streams.close()
