@@ -24,6 +24,7 @@ LAYERS: dict[str, tuple[int, frozenset[str]]] = {
     "output_files": (0, frozenset()),
     "": (0, frozenset()),  # lib_async_lowvram/__init__.py
     "device": (1, frozenset({"torch"})),
+    "large": (2, frozenset({"torch"})),
     "webui": (3, frozenset({"torch", "PIL"}) | HOST),
     "bench": (4, frozenset({"torch", "numpy", "safetensors", "tqdm", "matplotlib"}) | PEERS),
     "commands": (5, frozenset({"torch", "tqdm"})),
