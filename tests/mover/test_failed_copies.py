@@ -9,6 +9,7 @@ from torch import nn
 from lib_async_lowvram import AsyncModelMover, NetworkSpec, Region
 from lib_async_lowvram.device.recorder import RecordingStreams
 from lib_async_lowvram.device.simulated import SimulatedStreams
+from lib_async_lowvram.device.streams import Stream
 from lib_async_lowvram.device.weights import Unit
 from tests.mover.chains import LEAF_BYTES, Chain, attached, call, pair, same, simulated
 from tests.mover.test_out_of_memory import Buffered
@@ -79,6 +80,39 @@ def test_weights_outside_all_regions_that_do_not_arrive(number: int) -> None:
     with pytest.raises(torch.cuda.OutOfMemoryError, match=BUS):
         call(net, streams)
     assert left[0] == -1 and streams.allocated_bytes == 0
+    for _ in range(3):
+        same(net, twin, streams)
+    mover.detach()
+    streams.check()
+
+
+class Tied(Chain):
+    """Leaves share weights two by two: nobody's call announces them, so they are resident, and fetched as the network is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for first, second in ((0, 1), (2, 3)):
+            self.leaves[second].weight = self.leaves[first].weight
+
+
+def test_residents_on_their_way_while_the_network_is_entered() -> None:
+    device = simulated(bandwidth=2e7)
+    streams = RecordingStreams(device)
+    net, twin = pair(Tied)
+    mover = attached(NetworkSpec([Region(leaf) for leaf in net.leaves], net, roots=[net]), streams, 6 * LEAF_BYTES, run=net)
+    mover.drain()
+    copy, copies = device.copy, []
+
+    def refusing(destination: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
+        copies.append(destination)
+        if len(copies) == 2:
+            raise RuntimeError(BUS)
+        copy(destination, source, stream)
+
+    device.copy = refusing
+    with pytest.raises(RuntimeError, match=BUS):
+        call(net, streams)
+    assert len(copies) == 2 and streams.allocated_bytes == 0
     for _ in range(3):
         same(net, twin, streams)
     mover.detach()
