@@ -60,11 +60,11 @@ class Streaming:
             self._changeover = Changeover(network, self._slots, self._residents)
             self.uses = Uses(network, self._slots, self._residents, self._changeover, self._transfers)
         except BaseException:
-            # Residents nobody announces may be on their way already.
+            # Residents nobody announces may be on their way already: the memory is free behind that, and `rescue.abandon`, which
+            # comes next, waits for it.
             streams = self._streams
             self._context.stager.settle()
             settled = streams.record(streams.onload_stream)
-            attempt("waiting for residents", lambda: streams.synchronize(settled))
             self._units_back()
             if self._loose is not None:
                 attempt("bringing buffers to the host", self._leave_loose)

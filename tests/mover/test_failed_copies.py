@@ -11,7 +11,7 @@ from lib_async_lowvram.device.recorder import RecordingStreams
 from lib_async_lowvram.device.simulated import SimulatedStreams
 from lib_async_lowvram.device.streams import Stream
 from lib_async_lowvram.device.weights import Unit
-from tests.mover.chains import LEAF_BYTES, Chain, attached, call, pair, same, simulated
+from tests.mover.chains import LEAF_BYTES, Chain, attached, call, judged, pair, same, simulated
 from tests.mover.test_out_of_memory import Buffered
 
 BUS = "bus"
@@ -113,6 +113,10 @@ def test_residents_on_their_way_while_the_network_is_entered() -> None:
     with pytest.raises(RuntimeError, match=BUS):
         call(net, streams)
     assert len(copies) == 2 and streams.allocated_bytes == 0
+    with judged(streams):
+        net.leaves[0].weight.mul_(0.5)  # nothing reads it any more
+    with torch.no_grad():
+        twin.leaves[0].weight.mul_(0.5)
     for _ in range(3):
         same(net, twin, streams)
     mover.detach()
