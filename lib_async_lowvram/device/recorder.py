@@ -243,11 +243,13 @@ class RecordingStreams(HostWork):
             self._settle()
             where = byte_range(block)
             self.inner.free(block, tuple(event.inner for event in events))
+            operation = self._actors.tick(self._memory, f"free {block.numel()} bytes")
+            # What this block is free behind says nothing of the next one: the allocator itself learns nothing.
+            known = {**self._actors.host().clock, self._memory.id: operation.tick}
             for event in events:
-                join(self._memory.clock, event.clock)
-            operation = self._actors.enqueue(self._memory, f"free {block.numel()} bytes")
+                join(known, event.clock)
             if where is not None:
-                self._touch(operation, self._memory.clock, [(*where, True)])
+                self._touch(operation, known, [(*where, True)])
                 self._blocks.remove(where[0])
                 self._history.forget(*where)
 

@@ -251,6 +251,15 @@ def test_free_without_any_event(bench):
     bench.wrong("free")
 
 
+def test_what_one_block_is_free_behind_says_nothing_of_the_next(bench):
+    other = bench.streams.allocate(N)
+    used = bench.compute(bench.onload())
+    bench.streams.free(other, (used,))
+    bench.verdict()
+    bench.streams.free(bench.slot)
+    bench.wrong("free", "layer")
+
+
 def test_another_thread_uses_new_memory_without_waiting(bench):
     def use():
         bench.compute()

@@ -11,7 +11,7 @@ from lib_async_lowvram.device.recorder import RecordingStreams
 from lib_async_lowvram.device.simulated import SimulatedStreams
 from lib_async_lowvram.device.streams import Stream
 from lib_async_lowvram.device.weights import Unit
-from tests.mover.chains import LEAF_BYTES, Chain, attached, call, judged, pair, same, simulated
+from tests.mover.chains import LEAF_BYTES, Chain, attached, call, judged, on_thread, pair, same, simulated
 from tests.mover.test_out_of_memory import Buffered
 
 BUS = "bus"
@@ -117,6 +117,32 @@ def test_residents_on_their_way_while_the_network_is_entered() -> None:
         net.leaves[0].weight.mul_(0.5)  # nothing reads it any more
     with torch.no_grad():
         twin.leaves[0].weight.mul_(0.5)
+    for _ in range(3):
+        same(net, twin, streams)
+    mover.detach()
+    streams.check()
+
+
+def test_what_the_learning_pass_kept_is_freed_behind_its_last_use() -> None:
+    """The network is entered for the first time, on another thread: one resident is there already, and the next one, which got other
+    weights in the learning pass, is fetched in vain."""
+    device = simulated()
+    streams = RecordingStreams(device)
+    net, twin = pair(Tied)
+    spec = NetworkSpec([Region(leaf) for leaf in net.leaves], net, roots=[net])
+    mover = attached(spec, streams, 6 * LEAF_BYTES, run=net, passes=0)
+    for model in (net, twin):
+
+        def replace(_: nn.Module, model: Chain = model) -> None:
+            model.leaves[2].weight = model.leaves[3].weight = nn.Parameter(model.leaves[2].weight.detach() * 0.5)
+
+        model.leaves[3].inside = replace
+    same(net, twin, streams)
+    device.copy = refuse
+    with pytest.raises(RuntimeError, match=BUS):
+        on_thread(lambda: call(net, streams))
+    del device.copy
+    assert streams.allocated_bytes == 0
     for _ in range(3):
         same(net, twin, streams)
     mover.detach()
