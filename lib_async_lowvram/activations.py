@@ -38,6 +38,10 @@ class Activations:
         """Whether such a pass was seen to need what `expected` says."""
         return key in self._needed
 
+    def most(self, name: str) -> int | None:
+        """The most that a pass of that network was seen to need, of any size. None: nothing is known, or no more than others'."""
+        return max((needed for (other, _), needed in self._needed.items() if other == name), default=None)
+
     def expected(self, key: Key, growth_bytes: int) -> int:
         """What such a pass will need. `growth_bytes` as in `passed`, for networks of which nothing is known."""
         known = self._needed.get(key)

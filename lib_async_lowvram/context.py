@@ -19,39 +19,11 @@ from lib_async_lowvram.device.placement import PlacementChecker
 from lib_async_lowvram.device.staging import Stager
 from lib_async_lowvram.device.streams import Streams
 from lib_async_lowvram.measured import Measured
+from lib_async_lowvram.peaks import Peaks
 from lib_async_lowvram.pinning import Pinning
 
 STEP = 32 << 20
 """Bytes. The automatic budget is rounded down to it, so that a few bytes more or less do not make another plan."""
-
-
-class Peaks:
-    """The largest weight bytes on the device, learning passes apart: only streamed passes are under the budget (I2)."""
-
-    def __init__(self, streams: Streams) -> None:
-        self._streams = streams
-        self._learning = False
-        self._streamed = 0
-        self._learned = 0
-
-    def learning(self, on: bool) -> None:
-        """A pass that moves whole regions begins or has ended."""
-        if on != self._learning:
-            self._take()
-            self._learning = on
-
-    def _take(self) -> None:
-        peak = self._streams.peak_allocated_bytes
-        if self._learning:
-            self._learned = max(self._learned, peak)
-        else:
-            self._streamed = max(self._streamed, peak)
-        self._streams.reset_peak()
-
-    def read(self) -> tuple[int, int]:
-        """(streamed passes, learning passes): bytes by the device's allocation counter, so far."""
-        self._take()
-        return self._streamed, self._learned
 
 
 @dataclass

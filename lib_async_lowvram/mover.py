@@ -209,6 +209,7 @@ class AsyncModelMover:
             if self._current is not None:
                 self._current.leave()
             self._current = network
+            self._context.peaks.network(network.name)
             if self.on_network_change is not None:
                 self.on_network_change(network.name)
 
@@ -271,6 +272,7 @@ class AsyncModelMover:
         if self._current is not None:
             network, self._current = self._current, None
             network.leave()
+            self._context.peaks.network(None)
             if self.on_network_change is not None:
                 self.on_network_change(None)
 

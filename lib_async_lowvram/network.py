@@ -340,3 +340,4 @@ class Network:
             self.detached = True
             self.hooks.remove()
             self.contents.release()
+            self.context.peaks.forget(self.name)

@@ -18,10 +18,10 @@ from lib_async_lowvram.network import Network
 
 def describe(context: Context, networks: Mapping[str, Network], current: Network | None, demoted: str, last_error: str) -> dict[str, Any]:
     """See the module. Keys as in DESIGN.md, Status. `efficiency` and the like are None until a steady pass was measured."""
-    each = {name: _network(network) for name, network in networks.items()}
+    peak, learning_peak = context.peaks.read()
+    each = {name: _network(context, network) for name, network in networks.items()}
     shown = current or _busiest(networks)
     figures = _figures(context, shown)
-    peak, learning_peak = context.peaks.read()
     sums = {key: getattr(context.gone, key) + sum(network[key] for network in each.values()) for key in COUNTED}
     streams = any(network["passes"] for network in each.values())
     return {
@@ -50,10 +50,14 @@ def _busiest(networks: Mapping[str, Network]) -> Network | None:
     return max(networks.values(), key=lambda network: network.counters.passes, default=None)
 
 
-def _network(network: Network) -> dict[str, Any]:
-    counters, plan = network.counters, network.plan
+def _network(context: Context, network: Network) -> dict[str, Any]:
+    """`peak_activation_bytes`: the most that its passes were seen to need beside weights; None where that is not known."""
+    counters, plan, units = network.counters, network.plan, network.contents.units
     return {
-        "units": len(network.contents.units),
+        "units": len(units),
+        "peak_weight_bytes": context.peaks.of(network.name),
+        "peak_activation_bytes": context.activations.most(network.name),
+        "pinned_bytes": sum(unit.nbytes for unit in units if unit.nbytes and context.host.is_pinned(unit.master)),
         "weight_bytes": sum(unit.nbytes for unit in network.contents.units),
         "budget_bytes": plan.budget_bytes if plan else 0,
         "resident_bytes": sum(network.contents.units[unit].nbytes for unit in plan.resident) if plan else 0,

@@ -50,6 +50,7 @@ class LivePreviews:
         self._cheap = CheapDecoder()
         self._patched = False
         self._counted = dict(NOTHING)  # by workers that are gone
+        self._peak_bytes = 0  # of weights on the device, on streams that are gone
 
     # -- on and off ------------------------------------------------------------------------------------------------------
     def _patches(self) -> Iterator[tuple[Any, str, Callable]]:
@@ -97,14 +98,20 @@ class LivePreviews:
         full, self._full = self._full, None
         if full is not None:
             full.close()
+        self._peak_bytes = self._peak()
         streams, self._streams = self._streams, None
         if streams is not None:
             streams.close()
 
     def status(self) -> dict[str, Any]:
-        """Frames and seconds since the start."""
+        """Frames and seconds since the start; the most bytes of weights on the device."""
         worker = self._worker
-        return {name: count + (getattr(worker.counters, name) if worker is not None else 0) for name, count in self._counted.items()}
+        counted = {name: count + (getattr(worker.counters, name) if worker is not None else 0) for name, count in self._counted.items()}
+        return {**counted, "peak_weight_bytes": self._peak()}
+
+    def _peak(self) -> int:
+        streams = self._streams
+        return self._peak_bytes if streams is None else max(self._peak_bytes, streams.peak_allocated_bytes)
 
     # -- the sampling thread ---------------------------------------------------------------------------------------------
     def _on_store_latent(self, stock: Callable, decoded: torch.Tensor) -> Any:

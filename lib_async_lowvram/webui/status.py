@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lib_async_lowvram import __version__
+from lib_async_lowvram.webui.memory_report import memory_of
 
 PATH = "/async-lowvram/status"
 
@@ -41,7 +42,7 @@ EMPTY: dict[str, Any] = {
     "efficiency": 0.0,
     "schedule_efficiency": 0.0,
     "bound": None,
-    "preview": {"decoded": 0, "skipped": 0, "decode_seconds": 0.0, "errors": 0},
+    "preview": {"decoded": 0, "skipped": 0, "decode_seconds": 0.0, "errors": 0, "peak_weight_bytes": 0},
     "last_error": None,
     "advice": "",
     # Beyond DESIGN.md: what a test or a curious user holds the promises against.
@@ -65,7 +66,8 @@ _PATHS = re.compile(r"(?:(?<=^)|(?<=[\s'\"(=:]))(?:[A-Za-z]:)?[\\/](?:[^\s'\":,;
 
 def complete(status: Mapping[str, Any]) -> dict[str, Any]:
     """`status` with every key of the contract and nothing JSON cannot hold."""
-    return _jsonable({**EMPTY, **status})
+    known = {**EMPTY, **status}
+    return _jsonable({**known, "memory": memory_of(known)})
 
 
 def _jsonable(value: Any) -> Any:
