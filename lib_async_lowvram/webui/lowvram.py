@@ -27,6 +27,7 @@ from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.log import logger
 from lib_async_lowvram.webui import patching
 from lib_async_lowvram.webui.attention import SliceKeeper, advice
+from lib_async_lowvram.webui.announcement import SWITCHED_OFF, describe
 from lib_async_lowvram.webui.device_claim import DeviceClaim
 from lib_async_lowvram.webui.host import Host
 from lib_async_lowvram.webui.lora import LoraBackups
@@ -37,9 +38,6 @@ from lib_async_lowvram.webui.retry import Retries
 from lib_async_lowvram.webui.settings import SettingsReader
 from lib_async_lowvram.webui.stock import Link, harvest, vae_originals
 from lib_async_lowvram.webui.upscalers import Upscalers
-
-SWITCHED_OFF = "switched off in Settings"
-
 
 def open_mover(config: OffloadConfig, device: torch.device | str) -> Any:
     """The real mover."""
@@ -335,12 +333,4 @@ class Integration:
 
     def describe(self) -> str:
         """For the console line at start: device, budget, what will be done."""
-        host = f"{self.host.device_name}, WebUI {self.host.version}{' (best effort)' if self.host.best_effort else ''}"
-        if not self._enabled:
-            return f"{host}; {SWITCHED_OFF}, stock --lowvram moves the weights"
-        config = self.settings.config()
-        sizes = [
-            f"{label} {f'{size >> 20} MB' if size else 'automatic'}"
-            for label, size in (("budget for weights", config.budget_bytes), ("lookahead", config.lookahead_bytes))
-        ]
-        return f"{host}; {', '.join(sizes)}; text encoder, UNet and VAE will travel while the device computes"
+        return describe(self.host, self.settings.config() if self._enabled else None)
