@@ -26,8 +26,8 @@ from torch import nn
 from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.log import logger
 from lib_async_lowvram.webui import patching
-from lib_async_lowvram.webui.attention import SliceKeeper, advice
 from lib_async_lowvram.webui.announcement import SWITCHED_OFF, describe
+from lib_async_lowvram.webui.attention import SliceKeeper, advice
 from lib_async_lowvram.webui.device_claim import DeviceClaim
 from lib_async_lowvram.webui.host import Host
 from lib_async_lowvram.webui.lora import LoraBackups
@@ -38,6 +38,7 @@ from lib_async_lowvram.webui.retry import Retries
 from lib_async_lowvram.webui.settings import SettingsReader
 from lib_async_lowvram.webui.stock import Link, harvest, vae_originals
 from lib_async_lowvram.webui.upscalers import Upscalers
+
 
 def open_mover(config: OffloadConfig, device: torch.device | str) -> Any:
     """The real mover."""
