@@ -90,7 +90,13 @@ def _pair(value: Any) -> tuple[Any, Any]:
 
 
 def _conv2d(
-    input: Any, weight: torch.Tensor, bias: torch.Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    input: Any,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Banded:
     if isinstance(padding, str) or not isinstance(input, Banded):
         raise Untileable("a convolution of this kind")
@@ -242,7 +248,8 @@ def _table() -> dict[Any, Callable]:
 def _asks() -> set[Any]:
     """What may be asked of a picture without computing it."""
     tensor = torch.Tensor
-    properties = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_sparse", "is_quantized", "is_meta", "is_leaf")
+    properties = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf")
+    properties += ("is_cuda", "is_sparse", "is_quantized", "is_meta")
     methods = ("size", "dim", "numel", "element_size", "is_floating_point", "is_complex", "__len__")
     found = {getattr(tensor, name).__get__ for name in properties} | {getattr(tensor, name) for name in methods}
     return found | {torch.is_floating_point, torch.numel, torch.is_complex}

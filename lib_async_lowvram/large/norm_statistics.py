@@ -69,7 +69,8 @@ def normalise(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, dtype: 
 class Moments:
     """Of each channel of each picture, over all parts added so far."""
 
-    _parts: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)  # (elements, mean, M2), each (pictures, channels)
+    shares: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    """(pixels, mean, M2) of each part; both (pictures, channels)."""
 
     def add(self, part: torch.Tensor) -> None:
         """Another part (picture, channel, row, column), disjoint from those before. An empty one counts for nothing."""
@@ -77,16 +78,16 @@ class Moments:
         if count:
             variance, mean = torch.var_mean(part.to(opmath(part.dtype)), dim=(2, 3), correction=0)
             wide = _wide(part.device)
-            self._parts.append((count, mean.to(wide), variance.to(wide) * count))
+            self.shares.append((count, mean.to(wide), variance.to(wide) * count))
 
     def groups(self, number: int) -> Statistics:
         """Of `number` groups of channels that lie side by side. ValueError when nothing was added."""
-        if not self._parts:
+        if not self.shares:
             raise ValueError("no part of the picture has been seen")
-        counts = torch.tensor([count for count, _, _ in self._parts], dtype=torch.float64)
-        pictures, channels = self._parts[0][1].shape
-        means = torch.stack([mean for _, mean, _ in self._parts]).reshape(len(self._parts), pictures, number, channels // number)
-        squares = torch.stack([square for _, _, square in self._parts]).reshape(means.shape)
+        counts = torch.tensor([count for count, _, _ in self.shares], dtype=torch.float64)
+        pictures, channels = self.shares[0][1].shape
+        means = torch.stack([mean for _, mean, _ in self.shares]).reshape(len(self.shares), pictures, number, channels // number)
+        squares = torch.stack([square for _, _, square in self.shares]).reshape(means.shape)
         # Several shares at once: the same formula, with the common mean in the place of the first one's.
         weights = counts.to(means.device, means.dtype).reshape(-1, 1, 1, 1)
         total = weights.sum() * means.shape[3]

@@ -13,6 +13,7 @@ Used by `banded`. On the thread that computes.
 from __future__ import annotations
 
 from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 

@@ -64,17 +64,22 @@ class Space:
         self._spare: dict[int, list[torch.Tensor]] = {}  # host blocks by size: the same few sizes come again and again
 
     def rows(self, fixed_bytes: int, row_bytes: int, height: int) -> int:
-        """How many rows of a band of `height` fit `band_bytes`, when each takes `row_bytes` and the band itself `fixed_bytes`. 1 at least."""
+        """How many of `height` rows one band holds, when each takes `row_bytes` and the band itself `fixed_bytes`: as many as fit
+        `band_bytes`, 1 at least."""
         room = int(self.band_bytes / WORKSPACE) - fixed_bytes
         rows = max(1, min(height, room // max(1, row_bytes)))
         if self.most_rows is not None:
             rows = min(rows, self.most_rows)
         rows = -(-height // -(-height // rows))  # equal bands, as nearly as whole rows allow
-        self.band_peak = max(self.band_peak, int(WORKSPACE * (fixed_bytes + rows * row_bytes)))
+        self.note_band(rows, -(-height // rows), int(WORKSPACE * (fixed_bytes + rows * row_bytes)))
+        return rows
+
+    def note_band(self, rows: int, bands: int, band_bytes: int) -> None:
+        """Bands have been cut: so many, each of so many rows."""
+        self.band_peak = max(self.band_peak, band_bytes)
+        self.bands += bands
         self.largest_rows = max(self.largest_rows, rows)
         self.fewest_rows = rows if self.fewest_rows is None else min(self.fewest_rows, rows)
-        self.bands += -(-height // rows)
-        return rows
 
     def store(self, shape: Sequence[int], dtype: torch.dtype) -> Stored:
         """Room for an activation of `shape` (picture, channel, row, column). `OutOfHostMemory` when there is none anywhere."""
@@ -87,7 +92,7 @@ class Space:
             self.device_peak = max(self.device_peak, self.device_now)
         else:
             if self.host_now + nbytes > self._host_bytes:
-                raise OutOfHostMemory(f"an activation of {nbytes >> 20} MB beside {self.host_now >> 20} MB of others: more than the host has")
+                raise OutOfHostMemory(f"no room for an activation of {nbytes >> 20} MB beside {self.host_now >> 20} MB of others")
             block = self._block(nbytes)
             stored = Stored(self, block.view(dtype).view(height, count, channels, width), tuple(shape), on_host=True)
             self.host_now += nbytes
@@ -122,7 +127,8 @@ class Stored:
     """One activation. Written band by band, from the top; read in any order.
 
     Attributes:
-        shape: (picture, channel, row, column). dtype. device: where rows are given. on_host: whether it is spilled. moments: of its channels, over what is written.
+        shape: (picture, channel, row, column). dtype. device: where rows are given. on_host: whether it is spilled.
+        moments: of its channels, over what is written.
     """
 
     def __init__(self, space: Space, data: torch.Tensor, shape: tuple[int, ...], on_host: bool) -> None:

@@ -112,9 +112,11 @@ def _level(level: nn.Module, name: str, scale: Fraction) -> Iterator[Step]:
 def _ends(network: nn.Module, scale: Fraction) -> Iterator[Step]:
     norm, convolution = network.norm_out, network.conv_out
 
+    # Between norm and convolution the network's own forward calls a function of its own file, which the host may have replaced.
+    nonlinearity = getattr(type(network).forward, "__globals__", {}).get("nonlinearity", functional.silu)
+
     def out(x: Any) -> Any:
-        # As the LDM code has it, between the norm and the convolution: x * sigmoid(x), which its optimised variants call silu.
-        return convolution(functional.silu(norm(x)))
+        return convolution(nonlinearity(norm(x)))
 
     yield Step("norm_out, conv_out", out, (convolution.in_channels, convolution.out_channels), scale, reach=1)
 
