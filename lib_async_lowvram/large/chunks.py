@@ -11,9 +11,11 @@ with many weights (small pictures) several.
 
 How: for the time of a call each part's `forward` is replaced on the instance, around whatever was there (Hypertile replaces it,
 too), and put back after it. No class is touched, no module inserted; hooks stay where they are: a part's own fire once, those of
-modules inside once per chunk.
+modules inside once per chunk. The number of chunks is told, and not their size: calls with groups of 13 and 12 samples fire the same
+modules in the same order, which the mover follows (after two passes of a new order; those two fetch the weights of a part once per
+chunk).
 
-Invariants: nothing is left behind, whatever is raised (BaseException included); a batch that fits one chunk is the very same call.
+Invariants: nothing is left behind, whatever is raised (BaseException included); a batch that is one chunk is the very same call.
 Samples do not influence each other in these modules, so results are those of the whole batch, up to the last bits that a kernel
 may round otherwise for another batch size.
 
@@ -22,7 +24,6 @@ Torch only. Called around one call of the UNet, on the thread that computes.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,9 +33,20 @@ from torch import nn
 
 from lib_async_lowvram.log import logger
 
-LIMIT_BYTES = 48 << 20
-"""Weights of a part, where nobody knows better: the largest feed-forward of SD1.5 and of SDXL in half precision (39 MB), a third of
-the least ring of SD1.5."""
+OF_THE_LARGEST = 0.8
+"""Weights of a part, where nobody says otherwise, in units of the largest leaf's: the mover's ring holds two of the largest unit at
+least (I2), so a part takes at most two fifths of it, and the next one's copies have room. For SD1.5 and SDXL in half precision 47 MB;
+the largest feed-forward has 39 MB."""
+
+
+class CannotChunk(TypeError):
+    """A part was given, or made, something else than samples; the message names it."""
+
+
+def automatic_limit(root: nn.Module) -> int:
+    """Bytes of weights in a part: see `OF_THE_LARGEST`."""
+    sizes = [sum(p.numel() * p.element_size() for p in module.parameters(recurse=False)) for module in root.modules()]
+    return int(OF_THE_LARGEST * max(sizes, default=0))
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -74,26 +86,27 @@ def _callable(module: nn.Module) -> bool:
 class _Chunks:
     """The forward of one part while it runs in chunks."""
 
-    __slots__ = ("_inner", "_rows")
+    __slots__ = ("_inner", "_number")
 
-    def __init__(self, inner: Any, rows: int) -> None:
+    def __init__(self, inner: Any, number: int) -> None:
         self._inner = inner
-        self._rows = rows
+        self._number = number
 
     def pass_through(self) -> None:
         """From now on every batch is one chunk."""
-        self._rows = sys.maxsize
+        self._number = 1
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         batch = _batch(args, kwargs)
-        if batch <= self._rows:
+        number = min(self._number, batch)
+        if number <= 1:
             return self._inner(*args, **kwargs)
         whole: torch.Tensor | None = None
-        for start in range(0, batch, self._rows):
-            end = min(start + self._rows, batch)
+        for each in range(number):
+            start, end = each * batch // number, (each + 1) * batch // number
             made = self._inner(*_rows(args, batch, start, end), **_rows(kwargs, batch, start, end))
             if not isinstance(made, torch.Tensor) or not made.dim() or made.shape[0] != end - start:
-                raise TypeError(f"{_owner(self._inner)} made {_what(made)} of {end - start} samples: it cannot run in chunks")
+                raise CannotChunk(f"{_owner(self._inner)} made {_what(made)} of {end - start} samples: it cannot run in chunks")
             if whole is None:
                 whole = _like(made, batch)
             whole[start:end] = made
@@ -139,7 +152,7 @@ def _rows(value: Any, batch: int, start: int, end: int) -> Any:
         if not value.dim() or value.shape[0] == 1:
             return value
         if value.shape[0] != batch:
-            raise TypeError(f"an argument of shape {tuple(value.shape)} beside a batch of {batch} cannot run in chunks")
+            raise CannotChunk(f"an argument of shape {tuple(value.shape)} beside a batch of {batch} cannot run in chunks")
         return value[start:end]
     if isinstance(value, dict):
         return {key: _rows(each, batch, start, end) for key, each in value.items()}
@@ -149,17 +162,23 @@ def _rows(value: Any, batch: int, start: int, end: int) -> Any:
 
 
 @contextmanager
-def in_chunks(root: nn.Module, rows: int, limit_bytes: int = LIMIT_BYTES) -> Iterator[None]:
-    """Inside, the parts of `root` run `rows` samples at a time. ValueError for fewer than one. A part that is given, or makes, something
-    other than samples raises TypeError, which names it."""
-    if rows < 1:
-        raise ValueError(f"chunks of {rows} samples")
+def in_chunks(root: nn.Module, number: int, limit_bytes: int | None = None) -> Iterator[None]:
+    """Inside, the parts of `root` run in `number` chunks, as equal as may be (as many as there are samples where those are fewer).
+    `limit_bytes`: weights of a part; None: `automatic_limit`. ValueError for fewer than one. A part that is given, or makes, something
+    other than samples raises `CannotChunk`."""
+    if number < 1:
+        raise ValueError(f"{number} chunks")
+    if number == 1:
+        yield
+        return
+    if limit_bytes is None:
+        limit_bytes = automatic_limit(root)
     placed: list[tuple[nn.Module, bool, Any, _Chunks]] = []
     try:
         for module in parts(root, limit_bytes):
             had = "forward" in module.__dict__
             before = module.forward
-            ours = _Chunks(before, rows)
+            ours = _Chunks(before, number)
             placed.append((module, had, before, ours))
             module.forward = ours
         yield

@@ -15,7 +15,7 @@ Torch only. Called on the thread and stream that compute; one object for one siz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,8 +28,9 @@ from lib_async_lowvram.log import logger
 Apply = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
 """(latent [n, c, h, w], timesteps [n], conditions) -> prediction [n, c', h, w]"""
 
-Prompts = Callable[[int, Any], Any]
-"""(number of a region, the picture's conditions for this batch) -> the conditions with that region's prompt"""
+Prompts = Callable[[Sequence[int], Any], Mapping[int, Any]]
+"""(numbers of the sources that are wanted, the picture's conditions for this batch) -> the conditions under each source's prompt; for
+`BACKGROUND` the picture's own, as wide as the others"""
 
 
 class TiledDenoiser:
@@ -56,7 +57,7 @@ class TiledDenoiser:
         self, apply: Apply, latent: torch.Tensor, timesteps: torch.Tensor, cond: Any, prompts: Prompts | None = None
     ) -> torch.Tensor:
         """The prediction for `latent` [batch, channels, height, width]. `timesteps`: [batch], or one number. `prompts` is asked once
-        for every region there is. CannotTile where `cond` cannot be cut, or regions have no prompts; errors of `apply` as they are."""
+        where there are regions. CannotTile where `cond` cannot be cut, or regions have no prompts; errors of `apply` as they are."""
         if self.untiled:
             self.calls += 1
             return apply(latent, timesteps, cond)
@@ -80,16 +81,16 @@ class TiledDenoiser:
             start += len(group)
         return blend.mean(dtype)
 
-    def _conds(self, cond: Any, prompts: Prompts | None) -> dict[int, Any]:
-        conds = {BACKGROUND: cond}
-        for source in sorted({piece.source for piece in self.pieces} - {BACKGROUND}):
-            if prompts is None:
-                raise CannotTile("there are regions, and nobody knows their prompts")
-            conds[source] = prompts(source, cond)
-        return conds
+    def _conds(self, cond: Any, prompts: Prompts | None) -> Mapping[int, Any]:
+        sources = sorted({piece.source for piece in self.pieces})
+        if sources == [BACKGROUND]:
+            return {BACKGROUND: cond}
+        if prompts is None:
+            raise CannotTile("there are regions, and nobody knows their prompts")
+        return prompts(sources, cond)
 
     def _predict(
-        self, apply: Apply, group: list[Piece], latent: torch.Tensor, timesteps: torch.Tensor, conds: dict[int, Any]
+        self, apply: Apply, group: list[Piece], latent: torch.Tensor, timesteps: torch.Tensor, conds: Mapping[int, Any]
     ) -> torch.Tensor | None:
         """One call for these pieces, piece by piece; None when memory ran out and smaller groups are to be tried."""
         inputs = torch.cat([latent[..., piece.tile.rows, piece.tile.columns] for piece in group])
