@@ -17,3 +17,7 @@ def without_autocast(disable=False):
 def torch_gc():
     global collections
     collections += 1
+
+
+def autocast(disable=False):
+    return contextlib.nullcontext()

@@ -14,6 +14,7 @@ def _register(name):
 on_app_started = _register("app_started")
 on_ui_settings = _register("ui_settings")
 on_script_unloaded = _register("script_unloaded")
+on_before_ui = _register("before_ui")
 on_cfg_denoiser = _register("cfg_denoiser")
 on_model_loaded = _register("model_loaded")
 on_before_reload = _register("before_reload")

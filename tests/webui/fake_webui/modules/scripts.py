@@ -1,6 +1,7 @@
 """The base class of scripts."""
 
 AlwaysVisible = object()
+scripts_data = []
 
 
 class Script:

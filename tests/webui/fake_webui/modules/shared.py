@@ -12,6 +12,8 @@ opts.data.update(
     show_progress_grid=True,
     show_progress_type="Approx NN",
     live_preview_allow_lowvram_full=False,
+    batch_cond_uncond=True,
+    use_old_scheduling=False,
 )
 parallel_processing_allowed = False
 state = None  # set by the fixture, as the host does while it starts
