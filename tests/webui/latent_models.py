@@ -16,6 +16,7 @@ from torch import nn
 
 from lib_async_lowvram.bench.shapes import sd15_shape, sdxl_shape
 from lib_async_lowvram.bench.unet import empty_unet, load_unet, seeded_weights
+from lib_async_lowvram.large.settings import LargePictures
 
 TOKENS = 77
 
@@ -131,3 +132,8 @@ def sample(p: Processing, height: int = 16, width: int = 24, between=None) -> to
             clean = denoiser(x, sigma, uncond=args["uncond"], cond=args["cond"], cond_scale=5.0, s_min_uncond=0.0, image_cond=image)
             x = x + (x - clean) / sigmas[step] * (sigmas[step + 1] - sigmas[step])
         return x
+
+
+def small_settings(mode: str = "On", tile: int = 64, overlap: int = 16) -> LargePictures:
+    """Smaller tiles than the user may ask for: these pictures are as small."""
+    return LargePictures(mode, tile, overlap)
