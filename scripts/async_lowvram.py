@@ -25,6 +25,7 @@ try:
         reason = host.reason
         logger.info("%s: standing down: %s", __version__, reason)
     else:
+        from lib_async_lowvram.webui import large_ui
         from lib_async_lowvram.webui.lowvram import Integration
 
         integration = Integration.start(host)
@@ -90,3 +91,27 @@ class AsyncLowVRAMScript(scripts.Script):
 
     def process_before_every_sampling(self, p, *args, **kwargs):
         prepare()
+
+
+class LargePicturesScript(scripts.Script):
+    """The accordion; not there where the extension stands down."""
+
+    def title(self):
+        return "Large pictures"
+
+    def show(self, is_img2img):
+        return scripts.AlwaysVisible if integration is not None else False
+
+    def ui(self, is_img2img):
+        made, self.infotext_fields = large_ui.accordion(self.elem_id)
+        return made
+
+    def process(self, p, *args):
+        integration.large.begin(p, args)
+
+    def postprocess(self, p, processed, *args):
+        integration.large.end()
+
+
+if integration is not None:
+    script_callbacks.on_before_ui(lambda: large_ui.add_axes(scripts.scripts_data))

@@ -72,6 +72,12 @@ def infotext_fields(made: Sequence[Any]) -> list[tuple[Any, Callable[[Mapping[st
     return [(control, field(name, default)) for control, name, default in zip(made, KEYS, defaults, strict=True)]
 
 
+def accordion(elem_id: Callable[[str], str]) -> tuple[list[Any], list[tuple[Any, Callable[[Mapping[str, Any]], Any]]]]:
+    """The controls, and their `infotext_fields`."""
+    made = controls(elem_id)
+    return made, infotext_fields(made)
+
+
 def rows_of(regions: Any) -> list[list[Any]]:
     """The table's rows for regions as `asked` takes them; one empty row where there are none, or none can be read."""
     try:
@@ -158,10 +164,14 @@ def infotext_of(settings: LargePictures) -> dict[str, Any]:
 AXES = (("mode", str, MODES), ("tile", int, None), ("overlap", int, None))
 
 
-def add_axes(plots: Sequence[Any]) -> int:
-    """Our axes, for each module of the X/Y/Z plot in `plots` that has none yet; how many modules got them."""
+PLOT = "xyz_grid.py"
+
+
+def add_axes(loaded: Sequence[Any]) -> int:
+    """Our axes, for the X/Y/Z plot among the host's `loaded` scripts (`scripts.scripts_data`), unless it has them; to how many modules
+    they were added."""
     added = 0
-    for plot in plots:
+    for plot in [data.module for data in loaded if str(data.path).endswith(PLOT)]:
         if any(option.label.startswith(f"[{TITLE}]") for option in plot.axis_options):
             continue
         for name, kind, choices in AXES:

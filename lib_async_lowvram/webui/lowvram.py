@@ -30,6 +30,8 @@ from lib_async_lowvram.webui.announcement import SWITCHED_OFF, describe
 from lib_async_lowvram.webui.attention import SliceKeeper, advice
 from lib_async_lowvram.webui.device_claim import DeviceClaim
 from lib_async_lowvram.webui.host import Host
+from lib_async_lowvram.webui.large_denoise import LargeDenoise
+from lib_async_lowvram.webui.large_jobs import LargeJobs, room
 from lib_async_lowvram.webui.lora import LoraBackups
 from lib_async_lowvram.webui.models import ManagedModels
 from lib_async_lowvram.webui.preview import LivePreviews
@@ -75,7 +77,14 @@ class Integration:
         self._upscalers = Upscalers(lambda: self._protected("making room for an upscaler", self._drain))
         self._previews = LivePreviews(lambda: self._models.mover, self._link_of, lambda: self.settings.config().preview_bytes)
         self._retries = Retries(host.device, self._unet_of, self._make_room)
+        self.large = LargeJobs(LargeDenoise(lambda model: room(self._models.mover.streams, self.settings.config())), self._why_not)
         self._lock = threading.RLock()
+
+    def _why_not(self) -> str:
+        """Why weights do not travel with the model in use, or ""."""
+        if not self._enabled or self._demoted:
+            return self._demoted or SWITCHED_OFF
+        return "" if self._link_of(self._host_models.model_data.sd_model) is not None else "this model is left to stock --lowvram"
 
     def _link_of(self, model: nn.Module | None) -> Link | None:
         managed = self._models.find(model)
@@ -136,6 +145,7 @@ class Integration:
 
     def _close_now(self) -> None:
         self._closing = False
+        self.large.end()
         try:
             self._previews.switch(False)
             self._models.close()
@@ -288,6 +298,7 @@ class Integration:
 
     def _job_over(self) -> None:
         self._previews.new_job()
+        self.large.end()
         with self._lock:
             self._device.job_over()
             self._protected("closing a job", self._drain)
@@ -322,6 +333,7 @@ class Integration:
         status["device"] = self.host.device_name
         status["preview"] = self._previews.status()
         status["retries"], status["retries_failed"] = self._retries.tried, self._retries.failed
+        status["large"] = self.large.status()
         status["advice"] = advice()
         status["last_error"] = status.get("last_error") or self._last_error or self._retries.last_error
         if self._demoted:

@@ -45,6 +45,7 @@ EMPTY: dict[str, Any] = {
     "preview": {"decoded": 0, "skipped": 0, "decode_seconds": 0.0, "errors": 0, "peak_weight_bytes": 0},
     "last_error": None,
     "advice": "",
+    "large": None,
     # Beyond DESIGN.md: what a test or a curious user holds the promises against.
     "networks": {},
     "learning_passes": 0,

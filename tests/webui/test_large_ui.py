@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +76,31 @@ def test_a_text_that_holds_nonsense_is_an_empty_table() -> None:
     assert large_ui.rows_of("{") == large_ui.rows_of([{"x": 1}]) == large_ui.rows_of(None) == [[None] * 7]
 
 
+def test_the_controls_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the host's gradio is asked for them; a real server shows them in the end-to-end tests."""
+    made: list[tuple[str, dict]] = []
+
+    class Component:
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            made.append((type(self).__name__, kwargs))
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *exception: object) -> None:
+            pass
+
+    names = ("Accordion", "Radio", "Row", "Slider", "Dataframe")
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(**{name: type(name, (Component,), {}) for name in names}))
+    controls, fields = large_ui.accordion(lambda name: f"txt2img_{name}")
+    assert [type(control).__name__ for control in controls] == ["Radio", "Slider", "Slider", "Dataframe"]
+    assert [control for control, _ in fields] == controls
+    assert [kwargs["elem_id"] for name, kwargs in made if name != "Row"] == [
+        f"txt2img_large{part}" for part in ("", "_mode", "_tile", "_overlap", "_regions")
+    ]
+    assert dict(made)["Dataframe"]["value"] == [[None] * 7]  # empty, and so off
+
+
 class AxisOption:
     def __init__(self, label, type, apply, choices=None):
         self.label, self.type, self.apply, self.choices = label, type, apply, choices
@@ -82,8 +108,9 @@ class AxisOption:
 
 def test_the_plot_has_our_axes_once() -> None:
     plot = SimpleNamespace(axis_options=[AxisOption("Seed", int, None)], AxisOption=AxisOption)
-    assert large_ui.add_axes([plot]) == 1
-    assert large_ui.add_axes([plot]) == 0
+    loaded = [SimpleNamespace(path="scripts/loopback.py", module=None), SimpleNamespace(path="scripts/xyz_grid.py", module=plot)]
+    assert large_ui.add_axes(loaded) == 1
+    assert large_ui.add_axes(loaded) == 0
     mode, tile, overlap = plot.axis_options[1:]
     assert mode.choices() == ["Off", "Automatic", "On"] and (tile.type, overlap.choices) == (int, None)
     p = SimpleNamespace()

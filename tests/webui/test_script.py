@@ -23,7 +23,7 @@ class FakeApp:
 
 def test_registers_its_callbacks_and_one_line(webui, on_the_simulated_device, run_script, said, capfd):
     run_script()
-    assert set(webui.script_callbacks.callbacks) == {"ui_settings", "app_started", "script_unloaded"}
+    assert set(webui.script_callbacks.callbacks) == {"ui_settings", "app_started", "script_unloaded", "before_ui"}
     line = [line for line in said().splitlines() if "async_lowvram" in line]
     assert len(line) == 1
     for part in (__version__, "simulated", "WebUI 1.10.1", "budget for weights automatic", "UNet"):
@@ -120,3 +120,19 @@ def test_a_model_loaded_before_us_is_adopted(webui, run_script, on_the_simulated
 def test_the_script_stays_small():
     script = Path(__file__).resolve().parents[2] / "scripts" / "async_lowvram.py"
     assert len(script.read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_large_pictures_are_offered_where_the_extension_works(webui, run_script, on_the_simulated_device, monkeypatch):
+    ran = run_script()
+    script, begun = ran["LargePicturesScript"](), []
+    assert script.title() == "Large pictures" and script.show(False) is script.show(True) is webui.scripts.AlwaysVisible
+    monkeypatch.setattr(ran["integration"].large, "begin", lambda *args: begun.append(args))
+    monkeypatch.setattr(ran["integration"].large, "end", lambda: begun.append("end"))
+    script.process("p", "On", 512, 0, None)
+    script.postprocess("p", "processed", "On", 512, 0, None)
+    assert begun == [("p", ("On", 512, 0, None)), "end"]
+
+
+def test_large_pictures_are_not_offered_where_it_stands_down(webui, run_script, monkeypatch):
+    monkeypatch.delenv("ASYNC_LOWVRAM_DEVICE", raising=False)
+    assert run_script()["LargePicturesScript"]().show(False) is False

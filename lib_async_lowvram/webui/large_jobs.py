@@ -1,0 +1,72 @@
+"""Large pictures, job by job: what the controls ask for is read, said under the picture, and carried out until the job is over.
+
+Problem: a script's `process` may come several times in one job of the host (X/Y/Z plot), `postprocess` never when it failed, and what a
+user asked for may be nonsense. A job whose settings cannot be read is made without tiles, and says so under the picture: the host
+swallows what a script raises.
+
+Called on the thread that runs jobs; `status` on any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lib_async_lowvram.config import OffloadConfig
+from lib_async_lowvram.large.settings import LargePictures
+from lib_async_lowvram.log import logger
+from lib_async_lowvram.webui.large_denoise import LargeDenoise
+from lib_async_lowvram.webui.large_ui import OVERRIDES, asked, infotext_of
+
+
+def room(streams: Any, config: OffloadConfig) -> int:
+    """Bytes that a UNet's activations may take while tiles are computed. Weights are left their budget, or a quarter of all where it is
+    automatic: they travel once per call whatever is resident, so memory serves a larger group of tiles better. An eighth of all, at most
+    half the reserve, stays free."""
+    total = streams.free_memory() + streams.allocated_bytes
+    weights = config.budget_bytes or total // 4 + config.preview_bytes
+    return max(0, total - weights - min(config.reserve_bytes // 2, total // 8))
+
+
+class LargeJobs:
+    """`why_not()`: why nothing can be done for the model in use now, or ""."""
+
+    def __init__(self, denoise: LargeDenoise, why_not: Callable[[], str]) -> None:
+        self._denoise = denoise
+        self._why_not = why_not
+        self.settings = LargePictures()
+
+    def begin(self, p: Any, args: Sequence[Any]) -> None:
+        """`p`: the host's processing object; `args`: of the script's controls."""
+        self.end()
+        try:
+            settings, notes = asked(args, getattr(p, OVERRIDES, None))
+        except ValueError as error:
+            _say(p, f"{error}; made without tiles and regions")
+            return
+        if settings.off:
+            return
+        reason = self._why_not()
+        if reason:
+            _say(p, f"{reason}; made without tiles and regions")
+            return
+        for note in notes:
+            _say(p, note)
+        self.settings = settings
+        p.extra_generation_params.update(infotext_of(settings))
+        self._denoise.begin(p, settings)
+
+    def end(self) -> None:
+        """The job is over. Idempotent."""
+        self.settings = LargePictures()
+        self._denoise.end()
+
+    def status(self) -> dict[str, Any] | None:
+        """Of the open job, or None."""
+        return self._denoise.status()
+
+
+def _say(p: Any, text: str) -> None:
+    line = text if text.startswith("large pictures: ") else f"large pictures: {text}"
+    logger.warning("%s", line)
+    p.comment(line[0].upper() + line[1:])
