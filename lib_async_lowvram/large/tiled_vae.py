@@ -22,7 +22,7 @@ Callers: `webui/large_vae`, and whoever has such a network. One call at a time p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -112,25 +112,32 @@ def _picture_rows(steps: Sequence[Step], height: int, decodes: bool) -> int:
     return int(height * steps[-1].scale) if decodes else height
 
 
-def run(network: nn.Module, x: torch.Tensor, limits: Limits, host: HostMemory | None = None) -> tuple[torch.Tensor, Report]:
+def run(
+    network: nn.Module,
+    x: torch.Tensor,
+    limits: Limits,
+    host: HostMemory | None = None,
+    whole: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, Report]:
     """`network(x)` of a decoder (latents, after `post_quant_conv`) or encoder (pictures), and how it was done. `x`: (picture, channel,
     row, column) on the device.
 
-    `host`: where spilled activations are allocated, pinned within its limit; None: ordinary memory.
+    `host`: where spilled activations are allocated, pinned within its limit; None: ordinary memory. `whole`: what to call where bands are
+    not needed; None: the network.
     `Untileable` for networks, operations or circumstances (gradients) that cannot be computed in bands: nothing has been changed then.
     `space.OutOfHostMemory`, torch's out-of-memory error: where even the smallest band does not fit."""
     if torch.is_grad_enabled():
         raise Untileable("gradients are on")
-    report = Report()
+    report, whole = Report(), whole or network
     element = x.element_size()
     if not limits.sliced and fits_whole(network, x.shape, element, limits):
         report.slices = 1
-        return network(x), report
+        return whole(x), report
     results = []
     for picture in x.split(1):
         report.slices += 1
         if fits_whole(network, picture.shape, element, limits):
-            results.append(network(picture))
+            results.append(whole(picture))
         else:
             results.append(_in_bands(network, picture, limits, host, report))
     return torch.cat(results) if len(results) > 1 else results[0], report

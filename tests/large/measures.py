@@ -28,12 +28,12 @@ def steps(picture: torch.Tensor) -> torch.Tensor:
 
 
 def border_steps(picture: torch.Tensor, reference: torch.Tensor, borders: Sequence[int]) -> tuple[float, float]:
-    """(largest across a border, median inside tiles) of the steps that `picture` has and `reference` has not. `borders`: the first rows
+    """(largest across a border, largest inside tiles) of the steps that `picture` has and `reference` has not. `borders`: the first rows
     of tiles, but for the picture's own; what is nearer to one than a quarter of a tile counts as neither."""
     found = steps(picture.double() - reference.double())
     rows = torch.arange(found.shape[0]) + WINDOW
     distance = torch.stack([(rows - border).abs() for border in borders]).amin(0)
-    return float(found[distance == 0].max()), float(found[distance > min(borders) // 4].median())
+    return float(found[distance == 0].max()), float(found[distance > min(borders) // 4].max())
 
 
 def naive_tiles(decoder: nn.Module, z: torch.Tensor, tile: tuple[int, int], overlap: int) -> tuple[torch.Tensor, list[int]]:
