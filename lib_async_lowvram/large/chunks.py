@@ -12,8 +12,13 @@ with many weights (small pictures) several.
 How: for the time of a call each part's `forward` is replaced on the instance, around whatever was there (Hypertile replaces it,
 too), and put back after it. No class is touched, no module inserted; hooks stay where they are: a part's own fire once, those of
 modules inside once per chunk. The number of chunks is told, and not their size: calls with groups of 13 and 12 samples fire the same
-modules in the same order, which the mover follows (after two passes of a new order; those two fetch the weights of a part once per
-chunk).
+modules in the same order, which the mover follows.
+
+Limit: the mover takes each firing for a use, so parts of several leaves are a new order to it. It learns that in two passes, which
+fetch a part's weights once per chunk; and since its planner takes each firing for a copy, it may then change its residents, with up to
+five more such passes, and settle on a set with which up to 1.3 times the bytes travel (seen at half of the weights as budget; see
+tests/large/denoise_report.py). With `limit_bytes` 0 every part is a leaf, whose hooks fire once: the order, and the bytes, are those
+of a small picture from the first pass on, but more is kept between parts.
 
 Invariants: nothing is left behind, whatever is raised (BaseException included); a batch that is one chunk is the very same call.
 Samples do not influence each other in these modules, so results are those of the whole batch, up to the last bits that a kernel
