@@ -68,6 +68,7 @@ class RecordingStreams(HostWork):
         self._history = AccessHistory()
         self._blocks = AddressRanges()
         self._host_ranges = HostRanges(on_drop=self._history.forget)
+        self._discarded: deque[tuple[Clock, tuple[int, int]]] = deque(maxlen=1000)
         self._pinned: dict[int, int] = {}
         self._unpinned: deque[tuple[int, int]] = deque()
         self._memory = self._actors.new("the allocator")
@@ -186,9 +187,6 @@ class RecordingStreams(HostWork):
             self._actors.tick(host, f"synchronize with op {event.operation.number}")
             join(host.clock, event.clock)
 
-    def failed(self, event: Event) -> bool:
-        return self.inner.failed(self._mine(event).inner)
-
     # -- copies --------------------------------------------------------------------------------------------------------
     def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
         with self._lock:
@@ -217,6 +215,7 @@ class RecordingStreams(HostWork):
             where = byte_range(memory)
             if where is not None:
                 self._touch(operation, clock, [(*where, True)])
+                self._note_discard(after, where)
             return RecordedEvent(self.inner.discard(memory, after.inner), dict(clock), operation)
 
     # -- device memory -------------------------------------------------------------------------------------------------

@@ -36,6 +36,20 @@ class HostWork(Streams):
             self._actors.tick(host, f"wait for op {event.operation.number}")
             join(host.clock, event.clock)
 
+    def failed(self, event: Event) -> bool:
+        """Nothing behind a copy that failed happens: what was discarded behind it is still there, and may be saved."""
+        event = self._mine(event)
+        if not self.inner.failed(event.inner):
+            return False
+        with self._lock:
+            for after, where in self._discarded:
+                if event.operation.before(after):
+                    self._history.forget(*where)
+        return True
+
+    def _note_discard(self, after: Event, where: tuple[int, int]) -> None:
+        self._discarded.append((after.clock, where))
+
     def elapsed(self, start: Event, end: Event) -> float:
         mine = self._mine(start), self._mine(end)
         with self._lock:

@@ -251,6 +251,24 @@ def test_free_without_any_event(bench):
     bench.wrong("free")
 
 
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_is_discarded_behind_a_copy_that_failed_is_still_there(bench, fails):
+    s = bench.streams
+    used = bench.compute(bench.onload(), writes=True)
+    if fails:
+        s.inner.fail_copy = lambda number: RuntimeError("bus")
+    written = bench.write_back(used)
+    s.discard(bench.slot, written)
+    try:
+        s.synchronize(written)
+    except RuntimeError:
+        assert fails
+    s.inner.fail_copy = None
+    assert s.failed(written) is fails
+    s.use(reads=[bench.slot], what="save")
+    bench.verdict() if fails else bench.wrong("discard", "save")
+
+
 def test_what_one_block_is_free_behind_says_nothing_of_the_next(bench):
     other = bench.streams.allocate(N)
     used = bench.compute(bench.onload())
