@@ -10,13 +10,19 @@ Called on the thread that runs jobs; `status` on any.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
+from torch import nn
+
 from lib_async_lowvram.config import OffloadConfig
+from lib_async_lowvram.device.host_memory import HostMemory
+from lib_async_lowvram.device.streams import Streams
 from lib_async_lowvram.large.settings import LargePictures
 from lib_async_lowvram.log import logger
 from lib_async_lowvram.webui.large_denoise import LargeDenoise
 from lib_async_lowvram.webui.large_ui import OVERRIDES, asked, infotext_of
+from lib_async_lowvram.webui.large_vae import LargeVae, in_one_line
 
 
 def room(streams: Any, config: OffloadConfig) -> int:
@@ -31,8 +37,9 @@ def room(streams: Any, config: OffloadConfig) -> int:
 class LargeJobs:
     """`why_not()`: why nothing can be done for the model in use now, or ""."""
 
-    def __init__(self, denoise: LargeDenoise, why_not: Callable[[], str]) -> None:
+    def __init__(self, denoise: LargeDenoise, why_not: Callable[[], str], vae: LargeVae | None = None) -> None:
         self._denoise = denoise
+        self._vae = vae or LargeVae()
         self._why_not = why_not
         self.settings = LargePictures()
 
@@ -61,9 +68,14 @@ class LargeJobs:
         self.settings = LargePictures()
         self._denoise.end()
 
+    def around_vae(self, vae: nn.Module, method: str, streams: Streams, host: HostMemory) -> AbstractContextManager[None]:
+        """To be open while `vae`'s own `method` computes, inside the mover's pass: see `large_vae`."""
+        return self._vae.around(vae, method, self.settings, streams, host)
+
     def status(self) -> dict[str, Any] | None:
-        """Of the open job, or None."""
-        return self._denoise.status()
+        """Of the open job, or None. "vae": how its newest call was made, once one was."""
+        found = self._denoise.status()
+        return found if found is None else {**found, "vae": in_one_line(self._vae.report) if self._vae.report is not None else ""}
 
 
 def _say(p: Any, text: str) -> None:

@@ -195,9 +195,10 @@ class Integration:
 
     @contextmanager
     def vae_pass(self, link: Link, method: str) -> Iterator[None]:
-        network = f"vae_{method}"
+        network, mover = f"vae_{method}", self._models.mover
         self.pass_starting(link, network)
-        with self._models.mover.running(link.names[network]):
+        vae = self._models.model_of(link).first_stage_model
+        with mover.running(link.names[network]), self.large.around_vae(vae, method, mover.streams, mover.host):
             yield
 
     def prepare(self) -> None:

@@ -47,6 +47,10 @@ class ManagedModels:
     def find(self, model: nn.Module | None) -> ManagedModel | None:
         return next((managed for managed in self._models if model is not None and managed.model() is model), None)
 
+    def model_of(self, link: Link) -> nn.Module | None:
+        """The live model whose stand-ins know `link`."""
+        return next((managed.model() for managed in self._models if managed.link is link), None)
+
     def adopt(self, found: Harvest) -> None:
         """Take over a model that stock has set up, as harvested; leaves to stock what it cannot describe."""
         specs = network_specs(found)

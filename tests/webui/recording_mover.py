@@ -16,6 +16,7 @@ class RecordingMover:
         self.on_demote = None
         self.known = object()
         self.pinned_bytes = 0
+        self.host = None
         self.current_network: str | None = None
         self.in_pass = False
         self.fail_on: str | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from pair_fixtures import BIG, JOB, img2img, inpainting, needs_servers
+from pair_fixtures import BIG, JOB, img2img, inpainting, needs_servers, pair, servers  # noqa: F401 - fixtures
 
 pytestmark = needs_servers
 

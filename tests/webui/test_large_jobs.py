@@ -45,7 +45,7 @@ def test_on(jobs):
     jobs.begin(p, (ON, 512, 0, None))
     assert jobs._denoise.calls == [None, LargePictures(ON, 512)]
     assert p.extra_generation_params == {"Large pictures": "On", "Large tile": 512} and not p.comments
-    assert jobs.settings == LargePictures(ON, 512) and jobs.status() == {"mode": "On"}
+    assert jobs.settings == LargePictures(ON, 512) and jobs.status() == {"mode": "On", "vae": ""}
     jobs.end()
     assert jobs._denoise.calls[-1] is None and jobs.settings.off
 
