@@ -68,23 +68,36 @@ def shares(device_bytes: int) -> tuple[int, int]:
     return max(0, device_bytes - band), max(0, band)
 
 
-def largest_bytes(step: Step, height: int, width: int, element: int) -> int:
-    """Of what goes into the step and what comes out, the larger."""
+def _sizes(step: Step, height: int, width: int, element: int) -> tuple[int, int]:
+    """Of what goes into the step and of what comes out."""
     (before, after), (into, out) = _pixels(step, height, width), step.channels
-    return element * max(into * before, out * after)
+    return element * into * before, element * out * after
 
 
 def beyond_memory(steps: Sequence[Step], height: int, width: int, element: int, device_bytes: int, host_bytes: int) -> range | None:
     """The steps whose activations cannot all be kept, on the device and the host; None where all can. They are the list's end where it
-    makes the picture larger (a decoder), else its beginning. What does not fit what is left on the device lies on the host whole, so
-    as much as the largest activation may be lost between the two."""
+    makes the picture larger (a decoder), else its beginning; and as many more as it takes until there is room for what goes into them and
+    what comes out. What does not fit what is left on the device lies on the host whole, so as much as the largest activation may be lost
+    between the two."""
     store, _ = shares(device_bytes)
+
+    def fits(nbytes: int, largest: int) -> bool:
+        return nbytes <= max(store, host_bytes, store + host_bytes - largest)
+
+    sizes = [_sizes(step, height, width, element) for step in steps]
     short = [
         number
         for number, step in enumerate(steps)
-        if stored_bytes(step, height, width, element)
-        > max(store, host_bytes, store + host_bytes - largest_bytes(step, height, width, element))
+        if not fits(stored_bytes(step, height, width, element), max(sizes[number]))
     ]
     if not short:
         return None
-    return range(short[0], len(steps)) if steps[-1].scale > 1 else range(short[-1] + 1)
+    if steps[-1].scale > 1:
+        first, result = short[0], sizes[-1][1]
+        while first > 0 and not fits(sizes[first][0] + result, max(sizes[first][0], result)):
+            first -= 1
+        return range(first, len(steps))
+    last = short[-1]
+    while last < len(steps) - 1 and not fits(sizes[last][1], 0):
+        last += 1
+    return range(last + 1)
