@@ -3,12 +3,14 @@
 Set up and run as `test_e2e`. Under a quarter of the UNet, so that weights stream: with tiles they travel once per step as without.
 """
 
+# ruff: noqa: F811 - the fixtures are imported
+
 from __future__ import annotations
 
 import json
 
 import pytest
-from pair_fixtures import BIG, JOB, img2img, inpainting, needs_servers, pair, servers  # noqa: F401 - fixtures
+from pair_fixtures import BIG, JOB, img2img, inpainting, needs_servers, pair, servers  # noqa: F401
 
 pytestmark = needs_servers
 
@@ -32,9 +34,17 @@ def made(server, job, kind="txt2img"):
     return [hash_of(picture) for picture in answer["images"]], json.loads(answer["info"])["infotexts"][0], streamed
 
 
+def same(pair, job, *args):
+    """Ours with the script, stock, which does not know it, without."""
+    before = pair.ours.status()
+    got = pair.ours.pictures("txt2img", asking(job, *args))
+    after = pair.ours.status()
+    pair.judge(f"large pictures {args}", got, pair.stock.pictures("txt2img", job), before, after)
+
+
 @pytest.mark.parametrize("args", [(), ("Off", 256, 0, None), ("On", 256, 0, None), ("Automatic", 512, 0, None)])
 def test_off_and_one_tile_are_stocks(pair, args):
-    pair.same(f"large pictures {args}", {**asking(JOB, *args)} if args else JOB)
+    same(pair, JOB, *args)
 
 
 def test_off_after_on(pair):
@@ -91,4 +101,4 @@ def test_a_batch(pair):
 
 
 def test_what_cannot_be_read_is_left_out(pair):
-    pair.same("nonsense", asking(BIG, "On", 256, 0, [{"x": 0}]))
+    same(pair, BIG, "On", 256, 0, [{"x": 0}])
