@@ -19,18 +19,18 @@ MB = 1 << 20
 
 
 class Living(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, while they live; not those that spilled activations are."""
+    """Counts the bytes of the storages that operations make, while any tensor over them lives; not those of spilled activations."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.now = self.most = 0
-        self._known: set[int] = set()  # ids of living storages; views have their base's
+        self._holders: dict[int, int] = {}  # address of a storage -> living tensors over it
         self._spilled: set[int] = set()
         block = Space._block
 
         def spilled(space: Space, nbytes: int) -> torch.Tensor:
             most, made = self.most, block(space, nbytes)
-            key = id(made.untyped_storage())
+            key = made.untyped_storage().data_ptr()
             if key not in self._spilled:
                 self._spilled.add(key)
                 self.now, self.most = self.now - nbytes, most
@@ -40,22 +40,33 @@ class Living(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        given = {id(arg) for arg in args}
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if id(storage) not in self._known:
-                    self._known.add(id(storage))
-                    self.now += storage.nbytes()
-                    self.most = max(self.most, self.now)
-                    weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+            if not isinstance(tensor, torch.Tensor) or id(tensor) in given or not tensor.untyped_storage().nbytes():
+                continue
+            key, nbytes = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+            new = key not in self._holders and not any(_over(arg, key) for arg in args)
+            if new:
+                self.now += nbytes
+                self.most = max(self.most, self.now)
+            if new or key in self._holders:
+                self._holders[key] = self._holders.get(key, 0) + 1
+                weakref.finalize(tensor, self._gone, key, nbytes)
         return result
 
     def _gone(self, key: int, nbytes: int) -> None:
-        self._known.discard(key)
-        if key in self._spilled:
-            self._spilled.discard(key)
-        else:
-            self.now -= nbytes
+        self._holders[key] -= 1
+        if not self._holders[key]:
+            del self._holders[key]
+            if key in self._spilled:
+                self._spilled.discard(key)
+            else:
+                self.now -= nbytes
+
+
+def _over(value: Any, key: int) -> bool:
+    """Whether `value` is a tensor over that storage: then the storage was there before."""
+    return isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() == key
 
 
 @pytest.fixture(scope="module")
