@@ -65,7 +65,8 @@ def infotext_fields(made: Sequence[Any]) -> list[tuple[Any, Callable[[Mapping[st
     def field(name: str, default: Any) -> Callable[[Mapping[str, Any]], Any]:
         def restored(params: Mapping[str, Any]) -> Any:
             found = params.get(KEYS[name], default)
-            return rows_of(found) if name == "regions" else found
+            # As the table itself holds its value: the host turns what it is given into that type.
+            return {"headers": list(COLUMNS), "data": rows_of(found)} if name == "regions" else found
 
         return restored
 

@@ -120,7 +120,7 @@ class Streamed:
         total = weight_bytes(self.unet)
         small = total * (1 << 20) // 1_719_041_928
         self.streams = simulated(capacity_bytes=4 * total)
-        self.mover = AsyncModelMover(OffloadConfig(budget_bytes=int(total * share), small_leaf_bytes=small), self.streams)
+        self.mover = AsyncModelMover(OffloadConfig(budget_bytes=max(1, int(total * share)), small_leaf_bytes=small), self.streams)
         self.mover.attach({"net": NetworkSpec([Region(block) for block in regions(self.unet)], self.unet, roots=[self.unet])})
 
     def run(self, given: tuple, number: int = 1, limit: int | None = None) -> tuple[torch.Tensor, int]:
@@ -130,9 +130,9 @@ class Streamed:
         return got, self.mover.status()["streamed_bytes_per_pass"]
 
 
-@pytest.mark.parametrize("share", [0.12, 0.5])
-def test_all_chunks_are_served_by_one_stream_of_weights(share: float) -> None:
-    rig = Streamed(share)
+def test_all_chunks_are_served_by_one_stream_of_weights() -> None:
+    """Under the least budget: nothing is resident, whatever was measured, and the ring holds two of the largest unit."""
+    rig = Streamed(0.0)
     given, other = inputs(4), inputs(3)
     for _ in range(3):
         _, once = rig.run(given)
@@ -152,7 +152,7 @@ def test_all_chunks_are_served_by_one_stream_of_weights(share: float) -> None:
 
 
 def test_leaf_by_leaf_even_the_order_is_the_same() -> None:
-    rig = Streamed(0.25)
+    rig = Streamed(0.0)
     given = inputs(3)
     for _ in range(3):
         _, once = rig.run(given)

@@ -76,8 +76,9 @@ def test_a_pictures_own_text_makes_it_again(pair):
 
 @pytest.mark.parametrize("sampler", ["DPM++ 2M", "DDIM", "UniPC"])
 def test_samplers(pair, sampler):
-    tiled = [made(pair.ours, asking(WIDE, "On", 256, 0, None, sampler_name=sampler))[0] for _ in range(2)]
-    whole = made(pair.ours, {**WIDE, "sampler_name": sampler})[0]
+    job = {**WIDE, "sampler_name": sampler, "steps": 4}  # UniPC has an order of three
+    tiled = [made(pair.ours, asking(job, "On", 256, 0, None))[0] for _ in range(2)]
+    whole = made(pair.ours, job)[0]
     assert tiled[0] == tiled[1] != whole
 
 

@@ -62,6 +62,7 @@ def test_a_pictures_text_brings_it_back() -> None:
     assert list(text) == ["Large pictures", "Large tile", "Large overlap", "Large regions"]
     controls = ["mode", "tile", "overlap", "regions"]
     restored = [read(text) for _, read in large_ui.infotext_fields(controls)]
+    assert dict(restored[3])["headers"] == list(large_ui.COLUMNS)  # the host makes of it what the table's own value is
     assert large_ui.asked(restored) == (SETTINGS, ())
     assert [control for control, _ in large_ui.infotext_fields(controls)] == controls
 
