@@ -42,8 +42,8 @@ class Space:
     Attributes:
         device: where bands are computed. band_bytes: for the band in work. most_rows: of a band, whatever would fit; None: no limit.
         device_now, device_peak, host_now, host_peak: bytes of stored activations. band_peak: of the largest band, as counted.
-        spilled, restored: bytes that went to the host and came back. pinned, unpinned: host bytes that were allocated page-locked, and
-            not. bands: how many were computed. fewest_rows, largest_rows: of a band, at its own resolution.
+        spilled, restored: bytes that went to the host and came back. pinned_now, pinned_peak: bytes of what is spilled that lie in
+            page-locked memory. bands: how many were computed. fewest_rows, largest_rows: of a band, at its own resolution.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Space:
         self.device, self.band_bytes, self.most_rows = device, band_bytes, most_rows
         self._store_bytes, self._host_bytes, self._host = store_bytes, host_bytes, host
         self.device_now = self.device_peak = self.host_now = self.host_peak = 0
-        self.spilled = self.restored = self.pinned = self.unpinned = 0
+        self.spilled = self.restored = self.pinned_now = self.pinned_peak = 0
         self.bands = self.band_peak = self.largest_rows = 0
         self.fewest_rows: int | None = None
         self._spare: dict[int, list[torch.Tensor]] = {}  # host blocks by size: the same few sizes come again and again
@@ -84,7 +84,7 @@ class Space:
     def store(self, shape: Sequence[int], dtype: torch.dtype) -> Stored:
         """Room for an activation of `shape` (picture, channel, row, column). `OutOfHostMemory` when there is none anywhere."""
         count, channels, height, width = shape
-        nbytes = count * channels * height * width * dtype.itemsize
+        nbytes, pinned = count * channels * height * width * dtype.itemsize, 0
         if self.device_now + nbytes <= self._store_bytes:
             data = torch.empty((count, channels, height, width), dtype=dtype, device=self.device)
             stored = Stored(self, data, tuple(shape), on_host=False)
@@ -97,8 +97,11 @@ class Space:
             stored = Stored(self, block.view(dtype).view(height, count, channels, width), tuple(shape), on_host=True)
             self.host_now += nbytes
             self.host_peak = max(self.host_peak, self.host_now)
+            pinned = nbytes if self._host is not None and self._host.is_pinned(block) else 0
+            self.pinned_now += pinned
+            self.pinned_peak = max(self.pinned_peak, self.pinned_now)
             weakref.finalize(stored, self._spare.setdefault(nbytes, []).append, block)
-        weakref.finalize(stored, self._gone, nbytes, stored.on_host)
+        weakref.finalize(stored, self._gone, nbytes, stored.on_host, pinned)
         return stored
 
     def _block(self, nbytes: int) -> torch.Tensor:
@@ -107,16 +110,13 @@ class Space:
         # Of another size: what is spare now would be held beside it.
         self._spare.clear()
         if self._host is None:
-            self.unpinned += nbytes
             return torch.empty(nbytes, dtype=torch.uint8)
         block = self._host.allocate(nbytes)
-        if self._host.pin(block):
-            self.pinned += nbytes
-        else:
-            self.unpinned += nbytes
+        self._host.pin(block)  # or not: then copies take longer
         return block
 
-    def _gone(self, nbytes: int, on_host: bool) -> None:
+    def _gone(self, nbytes: int, on_host: bool, pinned: int) -> None:
+        self.pinned_now -= pinned
         if on_host:
             self.host_now -= nbytes
         else:

@@ -68,7 +68,7 @@ class Report:
         mode: one of `MODES`, of several pictures the last in that order. slices: calls it took.
         bands: computed, over all steps; rows: (fewest, most) in one.
         device_bytes: the most that bands and stored activations were counted to take together. host_bytes: of spilled activations at
-            once; pinned_bytes: of which page-locked. spilled_bytes, restored_bytes: that travelled.
+            once; pinned_bytes: the most of it that was page-locked. spilled_bytes, restored_bytes: that travelled.
         in_strips: the steps that were `RECOMPUTED` or `ESTIMATED`. statistics_error: of the worst norm in them, see
             `norm_statistics.Statistics.error`; 0.0 where there are none.
     """
@@ -92,7 +92,7 @@ class Report:
         self.rows = (min(self.rows[0] or fewest, fewest), max(self.rows[1], space.largest_rows))
         self.device_bytes = max(self.device_bytes, space.device_peak + space.band_peak)
         self.host_bytes = max(self.host_bytes, space.host_peak)
-        self.pinned_bytes = max(self.pinned_bytes, space.pinned)
+        self.pinned_bytes = max(self.pinned_bytes, space.pinned_peak)
         self.spilled_bytes += space.spilled
         self.restored_bytes += space.restored
 

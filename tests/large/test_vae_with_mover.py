@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lib_async_lowvram import AsyncModelMover, NetworkSpec, OffloadConfig, Region
+from lib_async_lowvram.device.host_memory import HostMemory
 from lib_async_lowvram.large.tiled_vae import EXACT, RECOMPUTED, Limits, run
 from tests.large.realistic_vae import calibrated, latents, pictures
 from tests.mover.chains import OPEN, judged, recorded, simulated
@@ -115,3 +116,17 @@ def test_an_error_in_the_middle_leaves_the_next_decode_right() -> None:
         got, *_ = one_pass(mover, streams, network, z, SPILLED)
         assert torch.equal(got, expected)
     mover.detach()
+
+
+@pytest.mark.parametrize("pinned_limit", [1, MB, 1 << 40])
+def test_spilled_activations_in_the_movers_host_memory(pinned_limit: int) -> None:
+    """Pinned within its limit, the same bits either way, and given back."""
+    decoder, z, streams = calibrated(8).decoder, latents(16, 16), simulated()
+    host = HostMemory(streams, pinned_limit)
+    with torch.no_grad():
+        expected, plain = run(decoder, z, SPILLED)
+        got, report = run(decoder, z, SPILLED, host)
+    assert torch.equal(got, expected) and report.host_bytes == plain.host_bytes > MB
+    assert min(report.pinned_bytes, 1) == min(pinned_limit // MB, 1) and plain.pinned_bytes == 0
+    assert report.pinned_bytes <= min(report.host_bytes, pinned_limit)
+    assert host.host_bytes == host.pinned_bytes == 0
