@@ -111,6 +111,9 @@ class Residents:
 
     def arrive(self, unit: Unit) -> None:
         """`unit` is used for the first time since the network was entered."""
+        if unit.state is UnitState.HOST and unit not in self.expected:
+            known, planned = unit in self._contents.units, unit.index in self._network.plan.resident
+            raise AssertionError(f"{unit} is not expected: arrived {unit in self._arrived}, known {known}, planned {planned}")
         if unit.state is UnitState.HOST or (unit.state is UnitState.WRITE_BACK and unit in self.expected):
             self._onload(unit)
         self._publish(unit)
