@@ -173,9 +173,13 @@ class Uses:
             unit = units[sequence[(position + issued) % count]]
             if residents.expected:
                 residents.onload_before(unit)
+            if awaited and unit.index in awaited:
+                # Also one that is fetched again, and used, after its last turn: kept for the next pass, it would be there twice.
+                issued += 1
+                continue
             state = unit.state
             if state is HOST or state is WRITE_BACK:
-                if awaited and unit.index in awaited or slots.outgrown(unit):
+                if slots.outgrown(unit):
                     issued += 1
                     continue
                 if not slots.free_unwanted(unit):
