@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lib_async_lowvram import OffloadConfig
-from tests.mover.chains import judged, on_thread
+from tests.mover.chains import handed_over, judged
 from tests.mover.trees import WIDTH, Attend, Case, Cast, Net
 
 
@@ -67,7 +67,10 @@ class Play:
         self.pass_([chance.randrange(blocks) for _ in range(chance.randint(1, blocks + 1))])
 
     def drain(self, chance: random.Random) -> None:
-        (on_thread if chance.random() < 0.5 else lambda work: work())(self.case.mover.drain)
+        if chance.random() < 0.5:
+            handed_over(self.case.mover.drain, self.case.streams)
+        else:
+            self.case.mover.drain()
 
     def prepare(self, chance: random.Random) -> None:
         with torch.no_grad():
@@ -149,7 +152,7 @@ class Play:
 
     def drain_inside(self, chance: random.Random) -> None:
         case = self.case
-        self._once(chance.choice(owners(case.net)), lambda net: on_thread(case.mover.drain) if net is case.net else None)
+        self._once(chance.choice(owners(case.net)), lambda net: handed_over(case.mover.drain, case.streams) if net is case.net else None)
 
     def error(self, chance: random.Random) -> None:
         self._cut_short(chance, ValueError())
@@ -171,7 +174,7 @@ class Play:
         handle.remove()
 
     def other_thread(self, chance: random.Random) -> None:
-        on_thread(self.pass_)
+        handed_over(self.pass_, self.case.streams)
 
     def gradients(self, chance: random.Random) -> None:
         x = torch.randn(2, 4, WIDTH)
@@ -206,3 +209,4 @@ def test_any_sequence_of_events(
         case.streams.check()
         status = case.mover.status()
         assert status["placement_faults"] == 0, status["last_error"]
+        assert status["state"] in ("active", "learning"), status

@@ -20,11 +20,10 @@ import torch
 from torch import nn
 
 from lib_async_lowvram import AsyncModelMover, OffloadConfig
-from lib_async_lowvram.device.happens_before import Clock
 from lib_async_lowvram.device.recorder import RecordingStreams
 from lib_async_lowvram.device.simulated import SimulatedStreams
 from tests.lora_double import LoraDouble, Network
-from tests.mover.chains import X, call, on_thread
+from tests.mover.chains import X, call, handed_over
 from tests.soak.checkpoint import NAMES, Checkpoint
 from tests.soak.previewer import Previewer
 
@@ -103,20 +102,7 @@ class Server:
 
     def _elsewhere(self, work: Callable[[], object]) -> None:
         """On another thread, while this one waits."""
-        streams, before = self.streams, self.streams.known()
-
-        def there() -> None:
-            streams.learn(before)
-            try:
-                work()
-            finally:
-                after.update(streams.known())
-
-        after: Clock = {}
-        try:
-            on_thread(there)
-        finally:
-            streams.learn(after)
+        handed_over(work, self.streams)
 
     def _job(self) -> None:
         draw = self.random
