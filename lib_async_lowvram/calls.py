@@ -20,6 +20,7 @@ from lib_async_lowvram.device.weights import Unit
 
 if TYPE_CHECKING:
     from lib_async_lowvram.network import Network
+    from lib_async_lowvram.uses import Uses
 
 
 class Calls:
@@ -101,6 +102,22 @@ class Calls:
         else:
             with network.judged(False):
                 streaming.uses.release(unit)
+
+    def hold(self) -> Uses | None:
+        """From now on units that were used stay; `let_go` wants what this gives. None where nothing streams, or all stay already."""
+        streaming = self._network.streaming
+        return streaming.uses if streaming is not None and streaming.uses.hold() else None
+
+    def let_go(self, held: Uses, module: nn.Module) -> None:
+        """End of a hold around `module`. The network may have been left meanwhile, and entered again."""
+        network = self._network
+        try:
+            if network.streaming is not None and network.streaming.uses is held:
+                with network.judged(False):
+                    held.let_go()
+        except BaseException as error:
+            if not network.met(error, goes_on=True, module=module):
+                raise
 
     # -- any module, while regions move ----------------------------------------------------------------------------------
     def observe(self, module: nn.Module) -> None:

@@ -16,7 +16,6 @@ to start one while another thread is in the middle of one waits for its end. Wha
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -43,8 +42,7 @@ from lib_async_lowvram.network_spec import NetworkSpec
 from lib_async_lowvram.shadow import masters_of
 from lib_async_lowvram.shedding import shed
 from lib_async_lowvram.status import describe
-
-PATIENCE_SECONDS, LOOK_SECONDS = 120, 0.1
+from lib_async_lowvram.turns import Turns
 
 
 class AsyncModelMover:
@@ -79,7 +77,7 @@ class AsyncModelMover:
         self._networks: dict[str, Network] = {}
         self._current: Network | None = None
         self.backups = Backups(self._context, lambda: self._current)
-        self._deferred: list[Callable[[], None]] = []
+        self._turns = Turns(self._context.turn, lambda: self._current)
         self.on_demote: Callable[[str], None] | None = None
         self.on_network_change: Callable[[str | None], None] | None = None
         self.demoted = ""
@@ -187,21 +185,29 @@ class AsyncModelMover:
                     network.prepare()
                 self._heed()
 
+    @contextmanager
+    def holding(self, module: nn.Module) -> Iterator[None]:
+        """The caller runs `module`, a part of the network in use, several times in a row: weights used inside stay on the device until
+        the end, and travel once, as far as the ring has room for all of them. Nothing outside a streamed pass of this thread, or
+        inside another hold."""
+        with self._context.lock:
+            network = self._current
+            mine = network is not None and network.in_pass and network.thread == threading.get_ident()
+            held = network.calls.hold() if mine else None
+        try:
+            yield
+        finally:
+            if held is not None:
+                with self._context.lock:
+                    network.calls.let_go(held, module)
+
     def wait_for_turn(self) -> None:
-        """Block the calling thread while another one is in the middle of a pass: the WebUI's first picture may be asked for while the
-        thread that loads the model still encodes its empty prompt. Not for ever: that thread might be waiting for this one, and taking
-        the device from it would make its picture wrong."""
-        context, me = self._context, threading.get_ident()
-        until = time.monotonic() + PATIENCE_SECONDS
-        while (current := self._current) is not None and current.thread != me and current.busy:
-            if time.monotonic() > until:
-                raise RuntimeError(f"a pass of {current.name} on another thread has not ended in {PATIENCE_SECONDS} s")
-            context.turn.wait(LOOK_SECONDS)  # one that was interrupted ends without telling anybody
+        """See `Turns.wait`."""
+        self._turns.wait()
 
     def take_over(self, network: Network) -> None:
         """See `network.Passes`."""
-        for action in self._take_deferred():
-            action()
+        self._turns.catch_up()
         self._forget_dead()
         if self._context.config is not self.config:
             self._apply_config()
@@ -223,15 +229,9 @@ class AsyncModelMover:
                 self._current.leave()  # nothing may be in flight while memory is unpinned
             self._context.pinning.change_limit(self.config.pinned_limit_bytes)
 
-    def _take_deferred(self) -> list[Callable[[], None]]:
-        actions, self._deferred = self._deferred, []
-        return actions
-
     def ended(self) -> None:
         """See `network.Passes`."""
-        for action in self._take_deferred():
-            action()
-        self._context.turn.notify_all()
+        self._turns.ended()
         self._heed()
 
     def _heed(self) -> None:
@@ -241,13 +241,8 @@ class AsyncModelMover:
             self.demote(reason)
 
     def _between_passes(self, action: Callable[[], None]) -> None:
-        """Do it now, or when the pass that another thread is in the middle of ends."""
         with self._context.lock:
-            current = self._current
-            if current is not None and current.thread != threading.get_ident() and current.busy:
-                self._deferred.append(action)
-            else:
-                action()
+            self._turns.between_passes(action)
 
     @property
     def in_pass(self) -> bool:

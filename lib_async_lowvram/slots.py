@@ -45,7 +45,7 @@ class Slots:
 
     def fits(self, unit: Unit) -> bool:
         """Whether its place can be made free now: large enough, and nobody there is in use."""
-        return not self.outgrown(unit) and not any(blocker.depth for blocker in self._blockers(unit))
+        return not self.outgrown(unit) and not any(blocker.depth for blocker in self.blockers(unit))
 
     def move(self, offsets: Mapping[int, int]) -> None:
         """Another plan's places in the same ring."""
@@ -73,7 +73,8 @@ class Slots:
         """What whoever overwrites the ring must have waited for."""
         return self._ring.fences()
 
-    def _blockers(self, unit: Unit) -> list[Unit]:
+    def blockers(self, unit: Unit) -> list[Unit]:
+        """Who stands in its place."""
         return [self._units[other] for other in self._ring.blockers(unit.index)]
 
     # -- taking and giving ---------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ class Slots:
 
     def evict(self, unit: Unit) -> bool:
         """Free the place of a unit that `fits` at once, dropping prefetched copies if need be. Whether any were dropped."""
-        blockers = self._blockers(unit)
+        blockers = self.blockers(unit)
         for blocker in blockers:
             self.vacate(blocker, self._streams.current_stream())
         return bool(blockers)

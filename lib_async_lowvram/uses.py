@@ -17,6 +17,7 @@ Made by `streaming`, called by it and `network` under the mover's lock, on the t
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from lib_async_lowvram.changeover import Changeover
@@ -52,6 +53,8 @@ class Uses:
         self._issued = 0  # occurrences after the order's position whose onload is issued
         self._blocked = False  # the next onload's place was taken when last looked, and nobody has left since
         self._in_use: dict[int, Unit] = {}
+        self._holding = False
+        self._used: dict[int, Unit] = {}  # of those in use: were released while `hold` was on, so that only it keeps them (at depth 1)
         self._started: dict[int, float] = {}  # for the trace only
         self._unseen = {unit.index for unit in self._units if not unit.resident}  # not onloaded since the network was entered
         self.consumer = self._streams.current_stream()
@@ -87,6 +90,9 @@ class Uses:
         if state is HOST or state is WRITE_BACK:
             counters.misses += 1
             in_ring = self._slots.fits(unit)
+            if not in_ring and self._used:
+                self._finish_used(self._slots.blockers(unit))
+                in_ring = self._slots.fits(unit)
             if in_ring and self._slots.evict(unit):
                 self.resynchronise()
             self._slots.onload(unit, in_ring)
@@ -126,8 +132,30 @@ class Uses:
             return
         if unit.resident or unit.index not in self._in_use:
             return
+        if self._holding:
+            self._used[unit.index] = unit
+            return
         self._finish(unit)
         self.issue_ahead()
+
+    def hold(self) -> bool:
+        """From now on units stay until `let_go` instead of leaving after their use: they are about to be used again. False where that
+        is so already."""
+        before, self._holding = self._holding, True
+        return not before
+
+    def let_go(self) -> None:
+        """End of `hold`: what was used leaves now."""
+        self._holding = False
+        self._finish_used(list(self._used.values()))
+        self._used.clear()
+        self.issue_ahead()
+
+    def _finish_used(self, units: Iterable[Unit]) -> None:
+        """Those of `units` that nothing but the hold keeps."""
+        for unit in units:
+            if unit.depth == 1 and self._used.pop(unit.index, None) is not None:
+                self._finish(unit)
 
     def _finish(self, unit: Unit) -> None:
         unit.depth = 0
@@ -158,6 +186,8 @@ class Uses:
 
     def finish_leftovers(self) -> None:
         """Release what a BaseException left in use."""
+        self._holding = False
+        self._used.clear()
         for unit in list(self._in_use.values()):
             self._finish(unit)
 

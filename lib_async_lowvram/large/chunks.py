@@ -14,11 +14,9 @@ too), and put back after it. No class is touched, no module inserted; hooks stay
 modules inside once per chunk. The number of chunks is told, and not their size: calls with groups of 13 and 12 samples fire the same
 modules in the same order, which the mover follows.
 
-Limit: the mover takes each firing for a use, so parts of several leaves are a new order to it. It learns that in two passes, which
-fetch a part's weights once per chunk; and since its planner takes each firing for a copy, it may then change its residents, with up to
-five more such passes, and settle on a set with which up to 1.3 times the bytes travel (seen at half of the weights as budget; see
-tests/large/denoise_report.py). With `limit_bytes` 0 every part is a leaf, whose hooks fire once: the order, and the bytes, are those
-of a small picture from the first pass on, but more is kept between parts.
+Weights inside a part are used once per chunk, and whoever moves them must know that they are wanted again: `hold` is open around a
+part's chunks (`AsyncModelMover.holding`). Without it each chunk's firings are further uses to the mover, in an order that it has
+to learn, and its planner takes each for a copy.
 
 Invariants: nothing is left behind, whatever is raised (BaseException included); a batch that is one chunk is the very same call.
 Samples do not influence each other in these modules, so results are those of the whole batch, up to the last bits that a kernel
@@ -29,8 +27,9 @@ Torch only. Called around one call of the UNet, on the thread that computes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -42,6 +41,14 @@ OF_THE_LARGEST = 0.8
 """Weights of a part, where nobody says otherwise, in units of the largest leaf's: the mover's ring holds two of the largest unit at
 least (I2), so a part takes at most two fifths of it, and the next one's copies have room. For SD1.5 and SDXL in half precision 47 MB;
 the largest feed-forward has 39 MB."""
+
+
+Hold = Callable[[nn.Module], AbstractContextManager]
+
+
+def no_hold(part: nn.Module) -> AbstractContextManager:
+    """Nobody moves the weights."""
+    return nullcontext()
 
 
 class CannotChunk(TypeError):
@@ -91,11 +98,13 @@ def _callable(module: nn.Module) -> bool:
 class _Chunks:
     """The forward of one part while it runs in chunks."""
 
-    __slots__ = ("_inner", "_number")
+    __slots__ = ("_hold", "_inner", "_number", "_part")
 
-    def __init__(self, inner: Any, number: int) -> None:
-        self._inner = inner
+    def __init__(self, part: nn.Module, number: int, hold: Hold) -> None:
+        self._part = weakref.ref(part)  # which holds this
+        self._inner = part.forward
         self._number = number
+        self._hold = hold
 
     def pass_through(self) -> None:
         """From now on every batch is one chunk."""
@@ -106,6 +115,10 @@ class _Chunks:
         number = min(self._number, batch)
         if number <= 1:
             return self._inner(*args, **kwargs)
+        with self._hold(self._part()):
+            return self._in_chunks(number, batch, args, kwargs)
+
+    def _in_chunks(self, number: int, batch: int, args: tuple, kwargs: dict) -> torch.Tensor | None:
         whole: torch.Tensor | None = None
         for each in range(number):
             start, end = each * batch // number, (each + 1) * batch // number
@@ -167,10 +180,10 @@ def _rows(value: Any, batch: int, start: int, end: int) -> Any:
 
 
 @contextmanager
-def in_chunks(root: nn.Module, number: int, limit_bytes: int | None = None) -> Iterator[None]:
+def in_chunks(root: nn.Module, number: int, limit_bytes: int | None = None, hold: Hold = no_hold) -> Iterator[None]:
     """Inside, the parts of `root` run in `number` chunks, as equal as may be (as many as there are samples where those are fewer).
-    `limit_bytes`: weights of a part; None: `automatic_limit`. ValueError for fewer than one. A part that is given, or makes, something
-    other than samples raises `CannotChunk`."""
+    `limit_bytes`: weights of a part; None: `automatic_limit`. `hold`: open while a part's chunks run. ValueError for fewer than one
+    chunk. A part that is given, or makes, something other than samples raises `CannotChunk`."""
     if number < 1:
         raise ValueError(f"{number} chunks")
     if number == 1:
@@ -183,7 +196,7 @@ def in_chunks(root: nn.Module, number: int, limit_bytes: int | None = None) -> I
         for module in parts(root, limit_bytes):
             had = "forward" in module.__dict__
             before = module.forward
-            ours = _Chunks(before, number)
+            ours = _Chunks(module, number, hold)
             placed.append((module, had, before, ours))
             module.forward = ours
         yield

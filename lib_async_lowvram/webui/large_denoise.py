@@ -55,14 +55,15 @@ class Plan:
 
 
 class Job:
-    """One job of the host. `room(model)`: bytes that activations of its UNet may take.
+    """One job of the host. `room(model)`: bytes that activations of its UNet may take. `hold`: as `chunks.in_chunks` takes it.
 
     Attributes:
         refused: why nothing is tiled any more, or "".
     """
 
-    def __init__(self, p: Any, settings: LargePictures, room: Callable[[nn.Module], int]) -> None:
+    def __init__(self, p: Any, settings: LargePictures, room: Callable[[nn.Module], int], hold: chunks.Hold) -> None:
         self.p = p
+        self.hold = hold
         self.settings = settings
         self.refused = ""
         self._room = room
@@ -163,7 +164,7 @@ class Step:
             return inner(latent, times, cond, **more)
 
         def call(*given: Any) -> torch.Tensor:
-            with chunks.in_chunks(unet, plan.chunks):
+            with chunks.in_chunks(unet, plan.chunks, hold=job.hold):
                 return inner(*given, **more)
 
         def prompts(sources: Any, given: Any) -> Any:
@@ -184,10 +185,11 @@ class Step:
 
 
 class LargeDenoise:
-    """See the module. `room`: as `Job` takes it, for models in general."""
+    """See the module. `room`, `hold`: as `Job` takes them, for models in general."""
 
-    def __init__(self, room: Callable[[nn.Module], int]) -> None:
+    def __init__(self, room: Callable[[nn.Module], int], hold: chunks.Hold = chunks.no_hold) -> None:
         self._room = room
+        self._hold = hold
         self._job: Job | None = None
         self._patched: list[tuple[Any, str]] = []
         self._step: Step | None = None
@@ -199,7 +201,7 @@ class LargeDenoise:
         self.end()
         if settings.off:
             return
-        self._job = Job(p, settings, self._room)
+        self._job = Job(p, settings, self._room, self._hold)
         denoiser = importlib.import_module("modules.sd_samplers_cfg_denoiser").CFGDenoiser
         for owner, field, handler in (
             (denoiser, "forward", self._on_forward),

@@ -77,7 +77,8 @@ class Integration:
         self._upscalers = Upscalers(lambda: self._protected("making room for an upscaler", self._drain))
         self._previews = LivePreviews(lambda: self._models.mover, self._link_of, lambda: self.settings.config().preview_bytes)
         self._retries = Retries(host.device, self._unet_of, self._make_room)
-        self.large = LargeJobs(LargeDenoise(lambda model: room(self._models.mover.streams, self.settings.config())), self._why_not)
+        denoise = LargeDenoise(lambda model: room(self._models.mover.streams, self.settings.config()), self._models.holding)
+        self.large = LargeJobs(denoise, self._why_not)
         self._lock = threading.RLock()
 
     def _why_not(self) -> str:

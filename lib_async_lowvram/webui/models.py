@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,10 @@ class ManagedModels:
         self._clear_device = clear_device
         self._models: list[ManagedModel] = []
         self.mover: Any = None
+
+    def holding(self, module: nn.Module) -> AbstractContextManager[None]:
+        """See `AsyncModelMover.holding`; nothing while no model is on the mover."""
+        return nullcontext() if self.mover is None else self.mover.holding(module)
 
     def __len__(self) -> int:
         return len(self._models)

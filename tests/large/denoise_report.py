@@ -58,7 +58,7 @@ def streaming(channels: int, share: float) -> None:
         found = []
 
         def apply(x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-            with in_chunks(unet, at_once if tiles > 1 else 1):
+            with in_chunks(unet, at_once if tiles > 1 else 1, hold=mover.holding):
                 return unet(x, t, cond)
 
         for _ in range(repeat):

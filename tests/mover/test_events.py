@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lib_async_lowvram import OffloadConfig
+from lib_async_lowvram.large.chunks import in_chunks, no_hold
 from tests.mover.chains import handed_over, judged
 from tests.mover.trees import WIDTH, Attend, Case, Cast, Net
 
@@ -172,6 +173,12 @@ class Play:
         with suppress(type(error)), judged(self.case.streams), torch.set_grad_enabled(gradients):
             net(x)
         handle.remove()
+
+    def chunked(self, chance: random.Random) -> None:
+        """Each block's leaves, or blocks as a whole, run twice in a row, under a hold or without one."""
+        limit, hold = chance.choice([5_000, 1 << 30]), chance.choice([self.case.mover.holding, self.case.mover.holding, no_hold])
+        with in_chunks(self.case.twin, 2, limit), in_chunks(self.case.net, 2, limit, hold):
+            chance.choice([self.pass_, lambda: self.change_inside(chance), lambda: self.drain_inside(chance), lambda: self.error(chance)])()
 
     def other_thread(self, chance: random.Random) -> None:
         handed_over(self.pass_, self.case.streams)

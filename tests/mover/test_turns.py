@@ -61,7 +61,7 @@ def test_a_pass_that_another_thread_wants_to_start_waits_for_the_one_that_runs(p
 
 def test_patience_with_another_threads_pass_ends(monkeypatch) -> None:
     """It might be waiting for this one; and its picture stays right."""
-    monkeypatch.setattr("lib_async_lowvram.mover.PATIENCE_SECONDS", 0)
+    monkeypatch.setattr("lib_async_lowvram.turns.PATIENCE_SECONDS", 0)
     streams = simulated()
     net, twin = pair()
     other, _ = pair(lambda: Chain(4))

@@ -32,7 +32,7 @@ def moving(webui):
     host = Host("1.10.1", False, torch.device("cpu"), True, "simulated")
     integration = Integration.start(host, settings=SettingsReader(environment={}), make_mover=make_mover)
     integration.rooms = 1 << 40
-    large = LargeDenoise(lambda model: integration.rooms)
+    large = LargeDenoise(lambda model: integration.rooms, integration._models.holding)
 
     def made(chosen=CHOSEN):
         p = Processing("a cat", "bad")
@@ -79,6 +79,22 @@ def test_the_same_picture_bit_for_bit(webui, moving, room):
     assert status["streamed_bytes"] > 0 and status["hits"] > 0 and status["allocated_bytes"] == 0
     unet = status["networks"]["unet"]
     assert unet["learning_passes"] == 1
+
+
+def test_chunks_stream_no_more_than_one_tile_does(webui, moving):
+    """Each call of the UNet carries its weights once, however many chunks its parts run in, from the first job with chunks on."""
+    webui.sd_models.load_model(latent_models.make)
+    for _ in range(2):
+        moving.made(latent_models.small_settings("Off"))
+    whole = moving.status()
+    moving.rooms = 400_000
+    for _ in range(2):
+        moving.made()
+        tiled = moving.status()
+        assert moving.sizes[0]["chunks"] > 1 and tiled["networks"]["unet"]["passes"] > whole["networks"]["unet"]["passes"]
+        assert (tiled["relearned"], tiled["skipped"]) == (whole["relearned"], whole["skipped"])
+        # Whatever the plan: what is not resident travels, once.
+        assert tiled["streamed_bytes_per_pass"] + tiled["resident_bytes"] == whole["streamed_bytes_per_pass"] + whole["resident_bytes"]
 
 
 def test_first_whole_then_in_tiles_then_whole(webui, moving):
