@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib_async_lowvram.commands.common import CommandError, check_writable, write_json
+from lib_async_lowvram.commands.doctor_memory import DEFAULT_URL, ask, picture_lines, pictures, table
 
 if TYPE_CHECKING:
     from lib_async_lowvram.device.streams import Streams
@@ -47,6 +48,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "extension would do. Changes nothing.",
     )
     parser.add_argument("--device", help="cuda, cuda:1 ... or simulated (default: what the WebUI would use; without a GPU, simulated)")
+    parser.add_argument(
+        "--memory", action="store_true", help="also where memory goes: what a running WebUI has measured, and what large pictures take"
+    )
+    parser.add_argument("--url", help=f"of the running WebUI, for --memory (default: {DEFAULT_URL}, if one answers there)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.set_defaults(run=run, needs=lambda options: ("torch",), what="the doctor")
 
@@ -66,11 +71,15 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(f"{options.device or 'the device'} cannot be used: {_first_line(error)}") from error
     try:
         figures = examine(streams, asked_for=options.device is not None)
+        if options.memory:
+            figures["memory"] = _memory(streams.free_memory(), options.url)
     except torch.cuda.OutOfMemoryError as error:
         raise CommandError(f"{streams.name} has no memory left to examine it with: {_first_line(error)}") from error
     finally:
         streams.close()
     print(describe(figures))
+    if options.memory:
+        print(_describe_memory(figures["memory"]))
     if options.json is not None:
         write_json(options.json, figures)
 
@@ -107,6 +116,34 @@ def _budget(streams: Streams) -> dict[str, Any]:
         "reserve_bytes": config.reserve_bytes,
         "budget_bytes": Context(streams, HostMemory(streams), config).budget(),
     }
+
+
+def _memory(total_bytes: int, url: str | None) -> dict[str, Any]:
+    """"webui": as the status tells it, or None; "why_not": then; "pictures": see `doctor_memory.pictures`. A quarter of the device is
+    left to weights. Raises `CommandError` where the user said where the WebUI is, and it is not."""
+    measured, why_not = None, ""
+    try:
+        measured = ask(url or DEFAULT_URL)["memory"]
+    except CommandError as error:
+        if url is not None:
+            raise
+        why_not = str(error)
+    room = total_bytes - total_bytes // 4
+    return {"url": url or DEFAULT_URL, "webui": measured, "why_not": why_not, "room_bytes": room, "pictures": pictures(room)}
+
+
+def _describe_memory(found: dict[str, Any]) -> str:
+    return "\n".join(
+        [
+            "",
+            f"memory by region, as the WebUI at {found['url']} has measured it; on the GPU the most so far:",
+            *("  " + line for line in (table(found["webui"]) if found["webui"] is not None else [found["why_not"]])),
+            "",
+            "activations of one picture, half precision, fused attention (a formula, not measured); three quarters of what is free,",
+            f"{_mb(found['room_bytes'])}, for them:",
+            *("  " + line for line in picture_lines(found["pictures"], found["room_bytes"])),
+        ]
+    )
 
 
 def _verdict(found: dict[str, Any], asked_for: bool) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from lib_async_lowvram.log import logger
 from lib_async_lowvram.webui.large_denoise import LargeDenoise
 from lib_async_lowvram.webui.large_ui import OVERRIDES, asked, infotext_of
 from lib_async_lowvram.webui.large_vae import LargeVae, in_one_line
+from lib_async_lowvram.webui.models import ManagedModels
 
 
 def room(streams: Any, config: OffloadConfig) -> int:
@@ -42,6 +43,11 @@ class LargeJobs:
         self._vae = vae or LargeVae()
         self._why_not = why_not
         self.settings = LargePictures()
+
+    @classmethod
+    def over(cls, models: ManagedModels, config: Callable[[], OffloadConfig], why_not: Callable[[], str]) -> LargeJobs:
+        """For the models that are on the mover."""
+        return cls(LargeDenoise(lambda model: room(models.mover.streams, config()), models.holding), why_not)
 
     def begin(self, p: Any, args: Sequence[Any]) -> None:
         """`p`: the host's processing object; `args`: of the script's controls."""

@@ -30,8 +30,7 @@ from lib_async_lowvram.webui.announcement import SWITCHED_OFF, describe
 from lib_async_lowvram.webui.attention import SliceKeeper, advice
 from lib_async_lowvram.webui.device_claim import DeviceClaim
 from lib_async_lowvram.webui.host import Host
-from lib_async_lowvram.webui.large_denoise import LargeDenoise
-from lib_async_lowvram.webui.large_jobs import LargeJobs, room
+from lib_async_lowvram.webui.large_jobs import LargeJobs
 from lib_async_lowvram.webui.lora import LoraBackups
 from lib_async_lowvram.webui.models import ManagedModels
 from lib_async_lowvram.webui.preview import LivePreviews
@@ -77,8 +76,7 @@ class Integration:
         self._upscalers = Upscalers(lambda: self._protected("making room for an upscaler", self._drain))
         self._previews = LivePreviews(lambda: self._models.mover, self._link_of, lambda: self.settings.config().preview_bytes)
         self._retries = Retries(host.device, self._unet_of, self._make_room)
-        denoise = LargeDenoise(lambda model: room(self._models.mover.streams, self.settings.config()), self._models.holding)
-        self.large = LargeJobs(denoise, self._why_not)
+        self.large = LargeJobs.over(self._models, lambda: self.settings.config(), self._why_not)
         self._lock = threading.RLock()
 
     def _why_not(self) -> str:
