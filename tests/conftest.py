@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -24,6 +26,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_heap() -> None:
+    """Many tests look whether something is left, by a full garbage collection: without torch and all test items to go through, that takes
+    a hundredth of the time (of the suite's 870 s it took some 250)."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
