@@ -135,7 +135,7 @@ def improve(
 ) -> list[frozenset[int]]:
     """The sets of residents that were the best so far, the last one first, in `tries` tries: up to three of `units` in, out or
     exchanged; `jumps`: now and then any of them at once, for few units. `judge`: seconds, infinite where a set is not allowed.
-    Stops at `enough` seconds.
+    Stops at `enough` seconds, or when all sets there are have been tried.
 
     Simulated annealing: a set that is worse by a share s is taken with probability exp(-s / heat), and the heat falls to 0.
     """
@@ -144,7 +144,7 @@ def improve(
     here = best = start
     bests: list[frozenset[int]] = []
     for number in range(tries if units else 0):
-        if known[best] <= enough:
+        if known[best] <= enough or len(known) == 1 << len(units):
             break
         if jumps and number % 3 == 0:
             odds = draw.random()
