@@ -44,7 +44,7 @@ def test_a_network_in_every_tile(pair):
     first, written, passes = made(pair, tiled(LORA))
     again, more, _ = made(pair, tiled(LORA))
     removed = made(pair, tiled())[0]
-    print(f"\nwhole {whole}, {written_whole} writes, {passes_whole} passes; tiled {first}, {written}, then {more}, {passes}; without {without}")
+    print(f"\nwhole {whole}, {written_whole}, {passes_whole} passes; tiled {first}, {written}, then {more}, {passes}, none {without}")
     assert first == again != whole and removed == without != first
     assert written == written_whole and more == [0, 0] and written[1] > 0
     status = pair.ours.status()
