@@ -1,6 +1,6 @@
 # Everything sets itself up in .venv: a fresh machine needs git, make and Python >= 3.10 with venv.
 #   make demo    an SD1.5-shaped UNet under stock and under asynchronous moving: table, timeline, trace in demo/
-#   make test    lint and tests
+#   make test    lint and tests: files side by side on all cores, those that need a GPU one after the other
 #   make soak    jobs with random events under the judges, for a quarter of an hour or so; PASSES=N for more or fewer
 #   make lint    ruff only
 #   make clean   remove .venv, caches and demo/
@@ -19,7 +19,8 @@ demo: $(DEMO_READY)
 	$(BIN)/python -m lib_async_lowvram demo --out demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu"
+	$(BIN)/python -m pytest -m gpu
 
 soak: $(TEST_READY)
 	$(BIN)/python -m tests.soak --passes $(PASSES)

@@ -160,7 +160,7 @@ class Contents:
         ranges = self._context.host_ranges
         if ranges is not None:
             for unit in units:
-                if unit.nbytes:
+                if unit.nbytes and unit.in_file is None:
                     ranges.add(unit.master)
 
     def guard_loose(self, loose: LooseTensors, on: bool) -> None:
@@ -224,5 +224,5 @@ class Contents:
         host = self._context.host
         with host.borrowers_held():
             for unit in self.units:
-                if not unit.borrowed:
+                if not unit.borrowed and unit.in_file is None:
                     host.unpin(unit.master)

@@ -4,7 +4,7 @@ Problem: pinned memory is limited, by the user, by the system and by the driver,
 runs the network whenever it travels. Three tiers, best first:
 
 - pinned: the device reads the master itself;
-- staged: the master is copied through a small pinned ring by a thread of its own (`device.staging`);
+- staged: the master, or its place in a file (`device.weight_file`), is read through a small pinned ring by a thread of its own;
 - pageable: no ring could be had either; the driver stages the bytes while the caller waits.
 
 Invariants: masters and ring together never pin more than the limit. Where not everything can be pinned, the ring comes first: its
@@ -57,21 +57,22 @@ class Pinning:
         return [unit for ref in self._contents if (contents := ref()) is not None for unit in contents.units]
 
     def unpinned(self, units: Iterable[Unit]) -> Iterator[Unit]:
-        """Those whose masters are not pinned now."""
-        return (unit for unit in units if unit.nbytes and not self._host.is_pinned(unit.master))
+        """Those whose masters are not pinned now, or still in a file."""
+        return (unit for unit in units if unit.nbytes and (unit.in_file is not None or not self._host.is_pinned(unit.master)))
 
     # -- pinning -------------------------------------------------------------------------------------------------------
     def pin(self, units: Iterable[Unit]) -> None:
         """Page-lock masters as far as the limit goes, the largest first: it is best spent where most bytes stream."""
         waiting = [unit for unit in self.unpinned(units) if not unit.borrowed]
         kept_back = 0
-        if self._owns and waiting and sum(unit.nbytes for unit in waiting) > self._host.room:
+        from_files = any(unit.in_file is not None for unit in waiting)
+        if self._owns and waiting and (from_files or sum(unit.nbytes for unit in waiting) > self._host.room):
             kept_back = max(0, self._wanted(waiting) - self._stager.ring_bytes)
         self._pin(waiting, kept_back)
 
     def _pin(self, units: Iterable[Unit], kept_back: int = 0) -> None:
         for unit in sorted(units, key=lambda unit: -unit.nbytes):
-            if unit.nbytes and not unit.borrowed:
+            if unit.nbytes and not unit.borrowed and unit.in_file is None:
                 self._host.pin(unit.master, kept_back)
 
     def _wanted(self, units: Iterable[Unit]) -> int:
@@ -112,7 +113,7 @@ class Pinning:
 
     def _make_room(self, nbytes: int) -> None:
         """Unpin masters that nobody copies from: as few as give `nbytes` back, and as little beyond that as they can."""
-        idle = [unit for unit in self._units() if unit.nbytes and not unit.borrowed and not in_flight(unit)]
+        idle = [unit for unit in self._units() if unit.nbytes and unit.in_file is None and not unit.borrowed and not in_flight(unit)]
         idle = sorted((unit for unit in idle if self._host.is_pinned(unit.master)), key=lambda unit: unit.nbytes)
         if not idle:
             return
@@ -133,6 +134,9 @@ class Pinning:
             "unpinned_units": len(waiting),
             "unpinned_bytes": sum(unit.nbytes for unit in waiting),
             "staging_bytes": self._stager.ring_bytes,
+            "file_bytes": sum(unit.nbytes for unit in self._units() if unit.in_file is not None),
+            "file_read_bytes": sum(file.read_bytes for file in self._host.files),
+            "file_read_seconds": sum(file.read_seconds for file in self._host.files),
         }
 
 

@@ -134,8 +134,11 @@ class RegionPass:
             self._on_device.append(unit)
             unit.to(UnitState.ONLOADING)
             start = streams.record(streams.onload_stream, timing=True)
-            streams.copy(memory, unit.master, streams.onload_stream)
+            source = unit.bytes_on_host()
+            streams.copy(memory, source, streams.onload_stream)
             self._copies.append((unit.nbytes, start, streams.record(streams.onload_stream, timing=True)))
+            if source is not unit.master:
+                streams.synchronize(self._copies[-1][2])  # read for this copy alone
         streams.synchronize(streams.record(streams.onload_stream))
         for unit in units:
             if unit.state is UnitState.ONLOADING:
@@ -178,6 +181,7 @@ class RegionPass:
         else:
             if change is Change.VALUES:
                 unit.to(UnitState.WRITE_BACK)
+                unit.leave_file()
                 streams.wait(streams.offload_stream, consumed)
                 streams.copy(unit.master, memory, streams.offload_stream)
                 streams.synchronize(streams.record(streams.offload_stream))

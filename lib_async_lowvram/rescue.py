@@ -101,6 +101,7 @@ def _bring_home(unit: Unit, contents: Contents, streams: Streams) -> None:
         contents.adopt(unit)  # somebody put other tensors there: reads what is there now, wherever that is
         return
     if published and (unit.dirty or unit.suspect or any(parameter._version != entry.version for parameter, entry in published)):
+        unit.leave_file()
         streams.copy(unit.master, unit.memory[: unit.nbytes], streams.offload_stream)
         streams.synchronize(streams.record(streams.offload_stream))
     for parameter, entry in published:

@@ -57,7 +57,7 @@ def _network(context: Context, network: Network) -> dict[str, Any]:
         "units": len(units),
         "peak_weight_bytes": context.peaks.of(network.name),
         "peak_activation_bytes": context.activations.most(network.name),
-        "pinned_bytes": sum(unit.nbytes for unit in units if unit.nbytes and context.host.is_pinned(unit.master)),
+        "pinned_bytes": sum(unit.nbytes for unit in units if unit.in_file is None and context.host.is_pinned(unit.master)),
         "weight_bytes": sum(unit.nbytes for unit in network.contents.units),
         "budget_bytes": plan.budget_bytes if plan else 0,
         "resident_bytes": sum(network.contents.units[unit].nbytes for unit in plan.resident) if plan else 0,

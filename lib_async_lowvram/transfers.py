@@ -48,19 +48,22 @@ class Transfers:
             unit.written = None
         timed = self.clock is not None and self.clock.copies(unit.nbytes)
         self._counters.streamed_bytes += unit.nbytes
-        if self._stager.ring_bytes and not self._context.host.is_pinned(unit.master):
+        if self._stager.ring_bytes and (unit.in_file is not None or not self._context.host.is_pinned(unit.master)):
             # The thread reads the master itself: behind the write-back, which counts until it has waited for that.
             unit.written = written
             self._counters.staged_bytes += unit.nbytes
-            unit.copied = self._stager.submit(memory, unit.master, written, self.clock.copied if timed else None)
+            unit.copied = self._stager.submit(memory, unit.in_file or unit.master, written, self.clock.copied if timed else None)
             return
         start = streams.record(stream, timing=True) if timed else None
-        streams.copy(memory, unit.master, stream)
+        source = unit.bytes_on_host()
+        streams.copy(memory, source, stream)
         if timed:
             unit.copied = streams.record(stream, timing=True)
             self.clock.copied(unit.nbytes, start, unit.copied)
         else:
             unit.copied = streams.record(stream)
+        if source is not unit.master:
+            streams.synchronize(unit.copied)  # read for this copy alone
 
     def wait_and_publish(self, unit: Unit, consumer: Stream) -> None:
         """`consumer`, the calling thread's current stream, waits for the copy; then the parameters point there (I4)."""
@@ -102,6 +105,7 @@ class Transfers:
         the master's tier: changes are rare, and the host waits for them at the pass's end anyway (`Streaming.settle`)."""
         streams = self._streams
         unit.to(WRITE_BACK)
+        unit.leave_file()
         changed = streams.record(consumer)
         streams.wait(streams.offload_stream, changed)
         streams.copy(unit.master, unit.memory[: unit.nbytes], streams.offload_stream)

@@ -33,6 +33,7 @@ import torch
 
 from .op_access import without_dispatch_modes
 from .streams import Streams
+from .weight_file import WeightFile
 
 logger = logging.getLogger("async_lowvram")
 
@@ -95,6 +96,7 @@ class HostMemory:
         pinned_limit_bytes: the most that is pinned at any time.
         refusals: how often `pin` said no, by the limit or by the device.
         borrowers: who else copies from these blocks; held weakly.
+        files: whose weights need no block; see `weight_file`.
     """
 
     def __init__(self, streams: Streams, pinned_limit_bytes: int = 0) -> None:
@@ -102,6 +104,7 @@ class HostMemory:
         self.set_limit(pinned_limit_bytes)
         self.refusals = 0
         self.borrowers: weakref.WeakSet[Borrower] = weakref.WeakSet()
+        self.files: list[WeightFile] = []
         self._streams = streams
         self._ledger = _Ledger()
         self._lock = threading.Lock()

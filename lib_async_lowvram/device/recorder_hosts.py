@@ -8,6 +8,8 @@ Mixed into `RecordingStreams`, whose lock and books these methods use. Any threa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .happens_before import Clock, OrderingViolation, join
@@ -64,3 +66,8 @@ class HostWork(Streams):
             self.register_host(tensor)
         self.use(reads=[source], writes=[destination], what=f"copy {source.numel()} bytes on the host")
         self.inner.copy_on_host(destination, source)
+
+    def read_on_host(self, destination: torch.Tensor, read: Callable[[torch.Tensor], None]) -> None:
+        self.register_host(destination)
+        self.use(writes=[destination], what=f"read {destination.numel()} bytes from a file")
+        self.inner.read_on_host(destination, read)

@@ -1,4 +1,5 @@
-"""Copies to the device of host memory that is not pinned: through a small pinned ring, filled by a thread of its own.
+"""Copies to the device of host memory that is not pinned, and of weights in a file: through a small pinned ring, filled by a thread
+of its own.
 
 Problem: a copy from pageable memory blocks whoever enqueues it until the driver has staged the bytes, and the thread that runs the
 network has kernels to launch. So a thread of ours does what the driver would: it copies a piece of the master into the ring, and
@@ -31,6 +32,7 @@ import torch
 
 from .host_memory import HostMemory
 from .streams import Event, Streams, align
+from .weight_file import FileMaster
 
 logger = logging.getLogger("async_lowvram")
 
@@ -107,7 +109,7 @@ class Staged:
         self,
         work: _Work,
         memory: torch.Tensor,
-        master: torch.Tensor,
+        master: torch.Tensor | FileMaster,
         after: Event | None,
         timed: Callable[[int, Event, Event], None] | None,
     ) -> None:
@@ -185,7 +187,10 @@ class Staged:
             if self._given_up:
                 ring.put_back()
                 return
-            streams.copy_on_host(piece, master[offset:end])
+            if isinstance(master, FileMaster):
+                streams.read_on_host(piece, lambda into, start=offset: master.read(into, start))
+            else:
+                streams.copy_on_host(piece, master[offset:end])
             if self._timed is not None and start is None:
                 start = streams.record(stream, timing=True)
             streams.copy(memory[offset:end], piece, stream)
@@ -282,7 +287,7 @@ class Stager:
     def submit(
         self,
         memory: torch.Tensor,
-        master: torch.Tensor,
+        master: torch.Tensor | FileMaster,
         after: Event | None = None,
         timed: Callable[[int, Event, Event], None] | None = None,
     ) -> Staged:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -122,6 +123,10 @@ class Streams(ABC):
         if destination.numel() != source.numel():
             raise ValueError(f"copy of {source.numel()} bytes into {destination.numel()}")
         ctypes.memmove(destination.data_ptr(), source.data_ptr(), source.numel())
+
+    def read_on_host(self, destination: torch.Tensor, read: Callable[[torch.Tensor], None]) -> None:
+        """`read` fills `destination` (uint8, in host memory) now, on the calling thread, from somewhere that is no tensor."""
+        read(destination)
 
     def discard(self, memory: torch.Tensor, after: Event) -> Event:
         """The contents of `memory` (uint8, on the device) are no longer wanted once `after` has been reached. Returns

@@ -21,71 +21,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from enum import Enum
 
 import torch
 from torch import nn
 
 from lib_async_lowvram.core.states import LEGAL, UnitState, transition
 from lib_async_lowvram.device.dense import byte_range, packable
+from lib_async_lowvram.device.entries import LAYOUT, NONE, VALUES, Change, Entry
 from lib_async_lowvram.device.host_memory import HostMemory
 from lib_async_lowvram.device.staging import Staged
 from lib_async_lowvram.device.streams import Event, align
-
-
-class Change(Enum):
-    """What happened to a unit's parameters since we last set them."""
-
-    NONE = 0
-    VALUES = 1  # same tensors, written in place
-    LAYOUT = 2  # other tensors, dtypes, shapes, or another number of them
-
-
-NONE, VALUES, LAYOUT = Change
-
-
-def view_bytes(memory: torch.Tensor, offset: int, like: Entry) -> torch.Tensor:
-    """`like`'s dtype, shape and strides over `memory` (uint8), `offset` bytes in."""
-    flat = memory[offset : offset + like.nbytes].view(like.dtype)
-    return flat.as_strided(like.shape, like.stride)
-
-
-class Entry:
-    """One parameter of one member: its place in the pack and what it is expected to look like."""
-
-    __slots__ = (
-        *("name", "offset", "nbytes", "dtype", "itemsize", "shape", "stride"),
-        *("seen", "version", "master", "master_ptr", "device", "device_ptr", "__weakref__"),
-    )
-
-    def __init__(self, name: str, parameter: torch.Tensor, offset: int) -> None:
-        self.name = name
-        self.seen = weakref.ref(parameter)  # to tell another Parameter over the same bytes; keeps nothing alive
-        self.offset = offset
-        self.itemsize = parameter.element_size()
-        self.nbytes = parameter.numel() * self.itemsize
-        self.dtype = parameter.dtype
-        self.shape = parameter.shape
-        self.stride = parameter.stride()
-        self.version = parameter._version
-        self.master: torch.Tensor = parameter.data
-        self.master_ptr = 0
-        self.device: torch.Tensor | None = None
-        self.device_ptr = 0
-
-    def is_published(self, parameter: torch.Tensor) -> bool:
-        """Whether `parameter` points at the device memory and looks as it did when it was packed."""
-        return self.device is not None and self.looks_like(parameter, self.device_ptr)
-
-    def looks_like(self, parameter: torch.Tensor, address: int) -> bool:
-        """Whether `parameter` is the one packed, at `address`, with the same dtype, shape and strides."""
-        return (
-            self.seen() is parameter
-            and parameter.data_ptr() == address
-            and parameter.dtype is self.dtype
-            and parameter.shape == self.shape
-            and parameter.stride() == self.stride
-        )
+from lib_async_lowvram.device.weight_file import FileMaster, master_in_file
 
 
 class Unit:
@@ -94,7 +40,7 @@ class Unit:
     Attributes:
         index: its number in its network; name: for people.
         anchor: weak reference to the module whose call acquires and releases it; None for a unit nobody announces.
-        nbytes: of the pack, and of a slot for it. master: the host block, uint8.
+        nbytes: of the pack, and of a slot for it. master: the host block, uint8; empty while `in_file` says where the bytes are instead.
         memory: its device memory (uint8), or None. copied, written: events of the onload and the write-back in question.
         borrowed: the master is somebody else's, who pins and unpins it.
         shared: several leaves hold the same bytes. must_reside: it cannot stream. resident: the plan keeps it on the device.
@@ -126,6 +72,7 @@ class Unit:
         self._host = host
         self._share = share
         self.master: torch.Tensor | None = None
+        self.in_file: FileMaster | None = None
         self.entries: tuple[tuple[Entry, ...], ...] = ()
         # Per member: itself, how many parameters it holds, the names of those that are None, and its entries.
         self._parts: tuple[tuple[weakref.ref[nn.Module], int, tuple[str, ...], tuple[Entry, ...]], ...] = ()
@@ -178,21 +125,46 @@ class Unit:
                 absent = tuple(name for name, parameter in held.items() if parameter is None)
                 parts.append((ref, len(held), absent, entries[-1]))
             packed = self._packed(sources, size)
-            master = self._host.allocate(size) if packed is None else packed
+            self.in_file = master_in_file(self._host.files, [(parameter, entry.offset) for entry, parameter in sources], size)
+            if packed is not None:
+                self.master = packed
+            else:
+                self.master = self._host.allocate(0 if self.in_file is not None else size)
             for entry, parameter in sources:
-                view = view_bytes(master, entry.offset, entry)
-                if packed is None:
-                    view.copy_(parameter.data)
-                entry.master = view
-                entry.master_ptr = view.data_ptr()
-                parameter.data = view
-            self.master = master
+                if self.in_file is not None:
+                    entry.master_ptr = entry.master.data_ptr()
+                else:
+                    entry.point_at(self.master, parameter, copy=packed is None)
             self.borrowed = packed is not None
             self.nbytes = size
             self.entries = tuple(entries)
             self._parts = tuple(parts)
             self.unbind()
             self.dirty = False
+
+    def leave_file(self) -> None:
+        """The bytes are no longer the file's: have a master in main memory. Parameters that point at the file move there with what was
+        written to them; those that point at the device are left alone, and their bytes are the caller's to copy."""
+        if self.in_file is None:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            master = self._host.allocate(self.nbytes)
+            for ref, _count, _absent, mine in self._parts:
+                held = module._parameters if (module := ref()) is not None else {}
+                for entry in mine:
+                    parameter = held.get(entry.name)
+                    at_home = parameter is not None and entry.looks_like(parameter, entry.master_ptr)
+                    entry.point_at(master, parameter if at_home else None, copy=True)
+            self.master, self.in_file = master, None
+
+    def bytes_on_host(self) -> torch.Tensor:
+        """What a copy to the device reads: the master, or a block of the caller's own, just read from the file. Raises as
+        `WeightFile.read`."""
+        if self.in_file is None:
+            return self.master
+        block = self._host.allocate(self.nbytes)
+        self.in_file.read(block, 0)
+        return block
 
     def _packed(self, sources: list[tuple[Entry, nn.Parameter]], size: int) -> torch.Tensor | None:
         """The block that holds exactly these parameters at these offsets already, if there is one and it may be shared."""
@@ -310,8 +282,14 @@ class Unit:
                     change = VALUES
         return change
 
+    def _written(self) -> bool:
+        """Whether any version is another one than was seen last."""
+        return any(parameter is not None and parameter._version != entry.version for parameter, entry in self.held() or ())
+
     def accept_versions(self) -> None:
         """Take the parameters' present versions as seen: their change has been dealt with."""
+        if self.in_file is not None and (self.dirty or self._written()):
+            self.leave_file()
         for ref, _count, _absent, mine in self._parts:
             module = ref()
             if module is None:

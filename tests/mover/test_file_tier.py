@@ -1,0 +1,255 @@
+"""Networks whose weights stay in their file: the same bits, no block in main memory but for what somebody changes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lib_async_lowvram import AsyncModelMover, OffloadConfig
+from lib_async_lowvram.device.recorder import RecordingStreams
+from lib_async_lowvram.device.streams import Streams, align
+from lib_async_lowvram.device.weight_file import WeightFile, WeightsChanged
+from lib_async_lowvram.shadow import Shadow
+from tests.mover.chains import LEAF_BYTES, Chain, Leaf, call, handed_over, pair, recorded, same, simulated
+
+RING = 2 * LEAF_BYTES
+
+
+def put_in_file(net: nn.Module, path: Path) -> WeightFile:
+    """Write the weights, each at a place of its own kind, and point the parameters at the file."""
+    places, data = [], bytearray(24)
+    for module in net.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                data += bytes(-len(data) % 8 + 8)
+                places.append((module, name, len(data), parameter))
+                data += bytes(parameter.detach().contiguous().view(torch.uint8).flatten().tolist())
+    path.write_bytes(data)
+    file = WeightFile(path)
+    for module, name, offset, parameter in places:
+        setattr(module, name, nn.Parameter(file.tensor(offset, parameter.dtype, parameter.shape), requires_grad=False))
+    return file
+
+
+class Rig:
+    """A chain in a file under a mover, and its twin."""
+
+    def __init__(self, streams: Streams, path: Path, budget: int = 1, pinned: int = 0, make: Callable = Chain) -> None:
+        self.streams = streams
+        self.net, self.twin = pair(make)
+        for each in (*self.net.modules(), *self.twin.modules()):
+            if isinstance(each, Leaf):
+                each.bias = nn.Parameter(torch.tensor([0.25]))
+        self.file = put_in_file(self.net, path)
+        self.mover = AsyncModelMover(
+            OffloadConfig(budget_bytes=budget, small_leaf_bytes=0, check_placement=True, pinned_limit_bytes=pinned), streams
+        )
+        self.mover.host.files.append(self.file)
+        self.mover.attach({"net": self.net})
+
+    def passes(self, number: int = 3) -> None:
+        for _ in range(number):
+            same(self.net, self.twin, self.streams)
+
+    def change(self, place: int, how: Callable[[Leaf], None]) -> None:
+        for each in (self.net, self.twin):
+            with torch.no_grad():
+                how(each.leaves[place])
+
+    @property
+    def weight_bytes(self) -> int:
+        return len(self.net.leaves) * (LEAF_BYTES + align(4))
+
+
+@pytest.fixture(params=["recorded", "jittery"])
+def streams(request) -> Streams:
+    return recorded(poison=True) if request.param == "recorded" else simulated(bandwidth=2e8, jitter_seconds=2e-4, seed=3, poison=True)
+
+
+def judged_well(rig: Rig) -> dict:
+    if isinstance(rig.streams, RecordingStreams):
+        rig.streams.check()
+    status = rig.mover.status()
+    assert status["placement_faults"] == 0, status["last_error"]
+    assert status["state"] == "active"
+    return status
+
+
+@pytest.mark.parametrize("budget", [1, 5 * LEAF_BYTES, 1 << 20])
+def test_the_same_bits_and_nothing_in_memory(streams: Streams, tmp_path: Path, budget: int) -> None:
+    rig = Rig(streams, tmp_path / "weights", budget)
+    rig.passes(4)
+    status = judged_well(rig)
+    assert status["file_bytes"] == rig.weight_bytes and status["host_bytes"] == status["staging_bytes"] > 0
+    assert status["file_read_bytes"] > 0 and status["file_read_seconds"] > 0
+    assert status["networks"]["net"]["pinned_bytes"] == 0
+    rig.mover.drain()
+    assert streams.allocated_bytes == 0
+    for mine, theirs in zip(rig.net.parameters(), rig.twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    rig.passes(2)
+    rig.mover.detach()
+    assert all(rig.file.offset_of(parameter) is not None for parameter in rig.net.parameters())
+    if isinstance(streams, RecordingStreams):
+        rig.passes(1)
+
+
+def test_what_is_read_is_what_streams(tmp_path: Path) -> None:
+    rig = Rig(simulated(), tmp_path / "weights")
+    rig.passes(4)
+    before = rig.mover.status()
+    rig.passes(2)
+    after = rig.mover.status()
+    streamed = after["streamed_bytes"] - before["streamed_bytes"]
+    # Without the padding of the pack.
+    assert after["file_read_bytes"] - before["file_read_bytes"] == streamed // (LEAF_BYTES + align(4)) * (LEAF_BYTES + 4)
+    assert after["staged_bytes"] - before["staged_bytes"] == streamed
+    assert after["misses"] == before["misses"] and after["host_waits"] == 0
+
+
+@pytest.mark.parametrize("place", range(6))
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("budget", [1, 4 * LEAF_BYTES])
+def test_a_leaf_that_is_changed_gets_memory_of_its_own(streams: Streams, tmp_path: Path, place: int, inside: bool, budget: int) -> None:
+    rig = Rig(streams, tmp_path / "weights", budget)
+    rig.passes()
+    content = rig.file.path.read_bytes()
+    for number in range(2):
+        if inside:
+            for each in (rig.net, rig.twin):
+                each.leaves[place].inside = lambda leaf: leaf.weight.mul_(0.5)
+        else:
+            rig.change(place, lambda leaf: leaf.weight.mul_(0.5))
+        rig.passes(2)
+        status = judged_well(rig)
+        assert status["file_bytes"] == rig.weight_bytes - LEAF_BYTES - align(4), number
+    rig.mover.drain()
+    for mine, theirs in zip(rig.net.parameters(), rig.twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert rig.file.path.read_bytes() == content
+    rig.passes(2)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda leaf: setattr(leaf, "weight", nn.Parameter(leaf.weight * 0.5)),
+        lambda leaf: setattr(leaf.weight, "data", leaf.weight.detach() * 0.5),
+        lambda leaf: setattr(leaf, "bias", None),
+    ],
+    ids=["replaced", "assigned", "taken away"],
+)
+def test_other_tensors(streams: Streams, tmp_path: Path, how: Callable[[Leaf], None]) -> None:
+    rig = Rig(streams, tmp_path / "weights")
+    rig.passes()
+    rig.change(2, how)
+    rig.passes()
+    assert judged_well(rig)["adopted"] == 1
+
+
+def test_a_change_nobody_sees_but_tells(streams: Streams, tmp_path: Path) -> None:
+    rig = Rig(streams, tmp_path / "weights")
+    rig.passes()
+    rig.change(3, lambda leaf: leaf.weight.data.mul_(0.5))
+    assert rig.mover.mark_dirty(rig.net.leaves[3])
+    rig.passes()
+    assert judged_well(rig)["file_bytes"] < rig.weight_bytes
+
+
+def test_load_state_dict(streams: Streams, tmp_path: Path) -> None:
+    """All of it is memory from then on."""
+    rig = Rig(streams, tmp_path / "weights")
+    rig.passes()
+    state = {key: value * 0.5 for key, value in rig.twin.state_dict().items()}
+    for each in (rig.net, rig.twin):
+        each.load_state_dict(state)
+    rig.passes()
+    assert judged_well(rig)["file_bytes"] == 0
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_an_error_in_the_middle_of_a_changed_pass(streams: Streams, tmp_path: Path, place: int) -> None:
+    """What was written on the device comes home to memory, not to the file."""
+
+    def fail(leaf: Leaf) -> None:
+        leaf.weight.mul_(0.5)
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    rig = Rig(streams, tmp_path / "weights")
+    rig.passes()
+    for each in (rig.net, rig.twin):
+        each.leaves[place].inside = fail
+        with pytest.raises(torch.cuda.OutOfMemoryError), torch.no_grad():
+            call(each, streams) if each is rig.net else each(torch.ones(1, 8))
+    rig.passes()
+    judged_well(rig)
+
+
+def test_without_a_ring(tmp_path: Path) -> None:
+    """Pinning is refused: a unit is read into a block of its own and copied from there, and the block is gone afterwards."""
+    streams = recorded()
+    streams.inner.pin = lambda address, nbytes: False
+    rig = Rig(streams, tmp_path / "weights")
+    rig.passes(4)
+    status = judged_well(rig)
+    assert status["staging_bytes"] == 0 and status["host_bytes"] == 0 and status["file_bytes"] == rig.weight_bytes
+
+
+def test_a_part_in_memory_and_a_small_limit(streams: Streams, tmp_path: Path) -> None:
+    rig = Rig(streams, tmp_path / "weights", pinned=3 * LEAF_BYTES)
+    rig.change(0, lambda leaf: leaf.weight.mul_(0.5))
+    rig.change(4, lambda leaf: leaf.weight.mul_(0.5))
+    rig.passes(4)
+    status = judged_well(rig)
+    assert status["file_bytes"] == rig.weight_bytes - 2 * (LEAF_BYTES + align(4))
+    assert status["pinned_bytes"] <= 3 * LEAF_BYTES
+
+
+def test_drained_and_run_by_other_threads(tmp_path: Path) -> None:
+    streams = recorded()
+    rig = Rig(streams, tmp_path / "weights")
+    rig.passes()
+    for _ in range(3):
+        handed_over(rig.mover.drain, streams)
+        handed_over(rig.passes, streams)
+    judged_well(rig)
+
+
+def test_a_file_that_is_changed_meanwhile(tmp_path: Path) -> None:
+    """The pass fails with the file's name, and not with a wrong picture; so does the next one."""
+    rig = Rig(simulated(), tmp_path / "weights")
+    rig.passes()
+    with rig.file.path.open("r+b") as written:
+        written.write(b"x")
+    written_to = rig.file.path.stat()
+    os.utime(rig.file.path, ns=(written_to.st_atime_ns, written_to.st_mtime_ns + 10))
+    for _ in range(2):
+        with pytest.raises(WeightsChanged, match="weights was changed"):
+            for _ in range(3):
+                call(rig.net, rig.streams)
+    rig.mover.drain()
+    assert rig.streams.allocated_bytes == 0
+    assert "was changed" in rig.mover.status()["last_error"]
+
+
+def test_the_previews_copy_reads_the_file_as_well(tmp_path: Path) -> None:
+    """On a thread that may wait: without a ring of its own, one unit at a time."""
+    rig = Rig(simulated(), tmp_path / "weights")
+    rig.passes()
+    rig.mover.drain()
+    masters = rig.mover.masters(["net"])
+    shadow = Shadow(rig.net, lambda parameter: masters.get(id(parameter)))
+    sibling = simulated()
+    mover = AsyncModelMover(OffloadConfig(budget_bytes=1, small_leaf_bytes=0), sibling, host=rig.mover.host)
+    mover.attach({"net": shadow.module})
+    before = rig.mover.host.host_bytes
+    for _ in range(3):
+        same(shadow.module, rig.twin, sibling)
+        rig.passes(1)
+    assert mover.status()["file_bytes"] == rig.weight_bytes and rig.mover.host.host_bytes <= before + rig.mover.status()["staging_bytes"]
+    mover.close()
