@@ -283,6 +283,11 @@ class AsyncModelMover:
         if config != self.config:
             self.config = config
 
+    def take_up(self) -> None:
+        """What was changed on the host counts now, and not when it is next used: other tensors are packed, memory nobody points at any
+        more is given back. Nothing for the network in use."""
+        self.masters(self._networks)
+
     def mark_dirty(self, module: nn.Module) -> bool:
         """Tell of a change nobody can see: weights of `module` written through `.data`. False when they are not ours."""
         with self._context.lock:

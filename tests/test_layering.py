@@ -22,6 +22,7 @@ LAYERS: dict[str, tuple[int, frozenset[str]]] = {
     "config": (0, frozenset()),
     "log": (0, frozenset()),
     "output_files": (0, frozenset()),
+    "safetensors_header": (0, frozenset()),
     "": (0, frozenset()),  # lib_async_lowvram/__init__.py
     "device": (1, frozenset({"torch"})),
     "large": (2, frozenset({"torch"})),

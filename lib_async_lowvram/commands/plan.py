@@ -135,10 +135,10 @@ def run(options: argparse.Namespace) -> None:
         summary_lines,
         workload,
     )
-    from lib_async_lowvram.commands.safetensors_header import HeaderError, read_header
     from lib_async_lowvram.commands.unet_names import NoUnet
     from lib_async_lowvram.commands.unet_walk import walk
     from lib_async_lowvram.config import OffloadConfig
+    from lib_async_lowvram.safetensors_header import HeaderError, read_header
 
     try:
         tensors = read_header(options.checkpoint)

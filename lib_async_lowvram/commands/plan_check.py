@@ -27,11 +27,11 @@ from lib_async_lowvram.bench.unet import load_checkpoint, write_checkpoint
 from lib_async_lowvram.commands.common import CommandError, OutputsDiffer, write_json
 from lib_async_lowvram.commands.plan import MIB, SCHEMA, wishes
 from lib_async_lowvram.commands.plan_figures import Device, plan_rows, workload
-from lib_async_lowvram.commands.safetensors_header import read_header
 from lib_async_lowvram.commands.unet_walk import LATENT_SCALE, Unet, walk
 from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.device.simulated import SimulatedStreams
 from lib_async_lowvram.learned import IN_STEP_SECONDS
+from lib_async_lowvram.safetensors_header import read_header
 
 SD15_WEIGHT_BYTES = 1_719_041_928
 """SD1.5's UNet in half precision, for which the default of what a small unit is was chosen; scaled to the UNet at hand."""

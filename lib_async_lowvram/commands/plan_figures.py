@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lib_async_lowvram.bench.report import milliseconds, table
-from lib_async_lowvram.commands.safetensors_header import FLOATING
 from lib_async_lowvram.commands.unet_walk import PROMPT_TOKENS, Leaf, Unet, sum_flops
 from lib_async_lowvram.core.pipeline import Workload
 from lib_async_lowvram.core.plan import GRAIN, Plan, make_plan
+from lib_async_lowvram.safetensors_header import FLOATING
 
 LEAST_SECONDS = 12e-6
 """Of any kernel, however little it computes (shared/plan_reference)."""

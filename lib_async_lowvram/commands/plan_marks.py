@@ -22,11 +22,11 @@ from lib_async_lowvram.bench.report import table
 from lib_async_lowvram.bench.shapes import Shape, sd15_shape, sdxl_shape
 from lib_async_lowvram.bench.unet import UNet
 from lib_async_lowvram.commands.plan_figures import Device, workload
-from lib_async_lowvram.commands.safetensors_header import TensorInfo
 from lib_async_lowvram.commands.unet_walk import walk
 from lib_async_lowvram.core.pipeline import Workload, simulate
 from lib_async_lowvram.core.places import assign_offsets
 from lib_async_lowvram.core.plan import make_plan
+from lib_async_lowvram.safetensors_header import TensorInfo
 
 BETWEEN_PASSES = 4e-3
 SMALL = 1 << 20

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lib_async_lowvram.commands.safetensors_header import TensorInfo, shown
+from lib_async_lowvram.safetensors_header import TensorInfo, shown
 
 
 class NoUnet(ValueError):

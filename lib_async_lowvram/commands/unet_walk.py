@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lib_async_lowvram.commands.safetensors_header import TensorInfo, shown
 from lib_async_lowvram.commands.unet_names import DIFFUSERS, Attention, Names, NoUnet, find
+from lib_async_lowvram.safetensors_header import TensorInfo, shown
 
 PROMPT_TOKENS = 77
 """Rows of the prompt's embedding: one chunk of it."""

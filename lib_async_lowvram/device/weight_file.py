@@ -19,6 +19,7 @@ import ctypes
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ class WeightFile:
         except BaseException:
             os.close(self._descriptor)
             raise
+        self._pointed: dict[int, tuple[weakref.ref[nn.Parameter], int]] = {}
         self._lock = threading.Lock()  # of the counters, and of the position where reads have none of their own
         self._closed = False
 
@@ -78,6 +80,17 @@ class WeightFile:
         with torch.inference_mode(False):
             # `.data`: with a version of its own. Otherwise all tensors over the mapping would share one, and none be told from another.
             return self._bytes[offset : offset + count * size].view(dtype).view(tuple(shape)).data
+
+    def point(self, parameter: nn.Parameter, offset: int) -> None:
+        """Its data are the file's bytes from `offset` on, from now on. ValueError as `tensor`."""
+        parameter.data = self.tensor(offset, parameter.dtype, parameter.shape)
+        key = id(parameter)
+        self._pointed[key] = (weakref.ref(parameter, lambda _: self._pointed.pop(key, None)), parameter._version)
+
+    def is_true(self, parameter: nn.Parameter) -> bool:
+        """Whether nobody has written to it since it pointed here; one that was made over the mapping counts from its making."""
+        known = self._pointed.get(id(parameter))
+        return parameter._version == (known[1] if known is not None and known[0]() is parameter else 0)
 
     def offset_of(self, tensor: torch.Tensor) -> int | None:
         """Where in the file a dense tensor lies; None where that is elsewhere."""
@@ -149,7 +162,7 @@ def master_in_file(files: Iterable[WeightFile], places: Sequence[tuple[nn.Parame
         pieces: dict[int, tuple[int, int, int]] = {}
         for parameter, place in places:
             offset = file.offset_of(parameter)
-            if offset is None or parameter._version:
+            if offset is None or not file.is_true(parameter):
                 break
             pieces[place] = (place, offset, parameter.numel() * parameter.element_size())
         else:

@@ -278,14 +278,14 @@ class Integration:
             if self._in_job:
                 self._drain()  # the job before never ended
             self._in_job = True
-            wanted = self.settings.enabled()
-            if wanted == self._enabled:
-                self._follow_previews()
-                return
+            wanted, before = self.settings.enabled(), self._enabled
             self._enabled = wanted
             self._follow_previews()
-            if wanted:
+            if wanted == before:
+                self._models.keep_on_disk(self.settings.on_disk())
+            elif wanted:
                 self.adopt_loaded()
+                self._models.keep_on_disk(self.settings.on_disk())
                 logger.info("switched on: weights travel while the GPU computes")
             else:
                 self._models.close()  # its threads, too; and a mover that was demoted stays so, the next one starts anew
@@ -331,10 +331,9 @@ class Integration:
         mover = self._models.mover
         status = dict(mover.status()) if mover is not None else {}
         status["device"] = self.host.device_name
-        status["preview"] = self._previews.status()
-        status["retries"], status["retries_failed"] = self._retries.tried, self._retries.failed
-        status["large"] = self.large.status()
-        status["advice"] = advice()
+        status.update(preview=self._previews.status(), large=self.large.status(), advice=advice())
+        status.update(retries=self._retries.tried, retries_failed=self._retries.failed)
+        status["on_disk"] = self._models.on_disk.status(self._host_models.model_data.sd_model)
         status["last_error"] = status.get("last_error") or self._last_error or self._retries.last_error
         if self._demoted:
             status.update(state="demoted", reason=self._demoted)

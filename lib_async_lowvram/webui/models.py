@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from lib_async_lowvram.log import logger
+from lib_async_lowvram.webui.on_disk import WeightsOnDisk
 from lib_async_lowvram.webui.regions import network_specs
 from lib_async_lowvram.webui.stock import Harvest, Link, Listener, put_back, swap_in
 
@@ -41,10 +42,17 @@ class ManagedModels:
         self._clear_device = clear_device
         self._models: list[ManagedModel] = []
         self.mover: Any = None
+        self.on_disk = WeightsOnDisk()
 
     def holding(self, module: nn.Module) -> AbstractContextManager[None]:
         """See `AsyncModelMover.holding`; nothing while no model is on the mover."""
         return nullcontext() if self.mover is None else self.mover.holding(module)
+
+    def keep_on_disk(self, wanted: bool) -> None:
+        """See `WeightsOnDisk.follow`."""
+        if self.mover is not None and (wanted or self.on_disk.keeps):
+            live = [model for managed in self._models if (model := managed.model()) is not None]
+            self.on_disk.follow(live, wanted, self.mover)
 
     def __len__(self) -> int:
         return len(self._models)
@@ -118,6 +126,7 @@ class ManagedModels:
 
     def close(self) -> None:
         """Give everything back and close the mover."""
+        self.keep_on_disk(False)
         try:
             self.release_all()
         finally:

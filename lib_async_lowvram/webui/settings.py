@@ -23,6 +23,7 @@ PREFIX = "async_lowvram_"
 SIZES = ("lookahead_mb", "budget_mb", "pinned_mb")
 PREVIEWS = "async_lowvram_previews"
 ALWAYS_WRITE_BACK = "async_lowvram_always_write_back"
+ON_DISK = "async_lowvram_on_disk"
 CHECK_PLACEMENT_VARIABLE = "ASYNC_LOWVRAM_CHECK_PLACEMENT"
 
 FULL_PREVIEW_BYTES = 32 * MIB
@@ -70,6 +71,15 @@ _OPTIONS: dict[str, tuple[str, str, dict[str, Any], Any, str]] = {
         True,
         "previews no longer stop the sampling, and show all pictures of a batch; off gives the WebUI's own previews back; applies to the "
         "next job; method and period are chosen under Live previews, and the Full method needs to be allowed with lowvram there",
+    ),
+    ON_DISK: (
+        "Keep weights on disk",
+        "Checkbox",
+        {},
+        False,
+        "frees the main memory of weights that are in a .safetensors checkpoint as they are used, and reads them from there at every step, "
+        "ahead of their use; for machines with little RAM and a fast disk; weights that were converted, or that a LoRA changes, stay in "
+        "memory; applies to the next job",
     ),
     ALWAYS_WRITE_BACK: (
         "Always write weights back",
@@ -124,6 +134,10 @@ class SettingsReader:
     def previews(self) -> bool:
         """Whether live previews are to be decoded on their own stream."""
         return self._yes(PREVIEWS)
+
+    def on_disk(self) -> bool:
+        """Whether weights are to stay in their checkpoint."""
+        return self._yes(ON_DISK)
 
     def full_previews(self, values: Mapping[str, Any]) -> bool:
         """Whether the VAE itself decodes previews there: the host's own options say so."""

@@ -15,9 +15,9 @@ from lib_async_lowvram.__main__ import main
 from lib_async_lowvram.bench.shapes import sd15_shape, sdxl_shape
 from lib_async_lowvram.bench.unet import UNet
 from lib_async_lowvram.commands.plan_figures import Device, leaf_bytes, leaf_seconds, rate_for, stock_seconds, workload
-from lib_async_lowvram.commands.safetensors_header import read_header
 from lib_async_lowvram.commands.unet_names import NoUnet
 from lib_async_lowvram.commands.unet_walk import Unet, sum_flops, walk
+from lib_async_lowvram.safetensors_header import read_header
 from tests.commands import headers
 
 # Leaves, fp16 bytes and FLOPs of one pass with two images: the totals of `unet.py` in the design's folder plan_reference, which

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lib_async_lowvram.__main__ import main
-from lib_async_lowvram.commands.safetensors_header import MOST_HEADER_BYTES, HeaderError, read_header
+from lib_async_lowvram.safetensors_header import MOST_HEADER_BYTES, HeaderError, read_header
 from tests.commands import headers
 
 
@@ -26,7 +26,7 @@ def entry(dtype="F16", shape=(2,), offsets=(0, 4)) -> dict:
 
 def test_what_safetensors_writes(tmp_path):
     tensors = {
-        "a.weight": torch.zeros(3, 5, dtype=torch.float16),
+        "a.weight": torch.arange(15, dtype=torch.float16).view(3, 5),
         "b": torch.zeros((), dtype=torch.int64),
         "c": torch.zeros(0, 4),
         "d": torch.zeros(7, dtype=torch.bfloat16),
@@ -37,6 +37,10 @@ def test_what_safetensors_writes(tmp_path):
     assert {name: (tensor.shape, tensor.nbytes) for name, tensor in found.items()} == {
         name: (tuple(tensor.shape), tensor.numel() * tensor.element_size()) for name, tensor in tensors.items()
     }
+    content = path.read_bytes()
+    for name, tensor in found.items():
+        stored = tensors[name].reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() if tensor.nbytes else b""
+        assert content[tensor.offset : tensor.offset + tensor.nbytes] == stored, name
 
 
 BAD = {

@@ -8,7 +8,7 @@ import pytest
 
 from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.webui import settings
-from lib_async_lowvram.webui.settings import ALWAYS_WRITE_BACK, ENABLED, FULL_PREVIEW_BYTES, PREFIX, PREVIEWS, SettingsReader
+from lib_async_lowvram.webui.settings import ALWAYS_WRITE_BACK, ENABLED, FULL_PREVIEW_BYTES, ON_DISK, PREFIX, PREVIEWS, SettingsReader
 
 MIB = 1 << 20
 
@@ -20,14 +20,14 @@ def reader(values):
 def test_registered_with_a_text_people_understand(webui):
     settings.register()
     labels = webui.shared.opts.data_labels
-    assert set(labels) == {ENABLED, PREVIEWS, ALWAYS_WRITE_BACK, *(PREFIX + key for key in settings.SIZES)}
+    assert set(labels) == {ENABLED, PREVIEWS, ALWAYS_WRITE_BACK, ON_DISK, *(PREFIX + key for key in settings.SIZES)}
     for option in labels.values():
         assert option.section == ("async_lowvram", "Async LowVRAM")
         assert option.category_id == "sd"
         assert len(option.comment_after) > 40
     assert webui.data[ENABLED] is True
     assert webui.data[PREVIEWS] is True
-    assert webui.data[ALWAYS_WRITE_BACK] is False
+    assert webui.data[ALWAYS_WRITE_BACK] is webui.data[ON_DISK] is False
     assert [webui.data[PREFIX + key] for key in settings.SIZES] == [0, 0, 0]
     assert [labels[PREFIX + key].component_args["maximum"] for key in settings.SIZES] == [4096, 24576, 65536]
 
