@@ -29,9 +29,8 @@ from tests.large.shape_run import peak_bytes
 
 MB = 1 << 20
 MARK = 800 * MB
-STEPS = 16
-"""As many as the mover was seen to need, with some to spare, to settle on an order and a plan. Which plan it makes depends on times: two
-runs differ."""
+STEPS = 6
+"""Of each picture, one after the other: the first one with other chunks than the last had must be no different."""
 
 LEAST_WEIGHTS = 2 * 2560 * 1280 * 9 * 2
 """Two of SD1.5's largest leaf, a convolution of 2560 to 1280 channels in half precision: the mover's least budget, less its buffers."""
@@ -79,6 +78,8 @@ def streaming(channels: int, share: float) -> None:
         first = " ".join(f"{each / once:.2f}" for each in found)
         print(f"  2048x2048, {tiles:2d} tiles, {calls} call(s) a step: {found[-1] / MB:7.1f} MB per step; last of {STEPS}; "
               f"each, in units of 512x512's: {first}")
+    peak = mover.status()["peak_weight_bytes"]
+    print(f"  most weights on the device in all of these, by its own counter: {peak / MB:.1f} MB of {status['budget_bytes'] / MB:.1f} MB")
     mover.close()
     streams.close()
 

@@ -53,8 +53,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)
-        q, k, v = (part(h).flatten(2).transpose(1, 2)[:, None] for part in (self.q, self.k, self.v))
-        # One head; at 2048 x 2048 the matrix would take 16 GB, so the fused function it is.
+        # One head; at 2048 x 2048 the matrix would take 16 GB, so the fused function it is, which wants a token's values side by side.
+        q, k, v = (part(h).flatten(2).transpose(1, 2).contiguous()[:, None] for part in (self.q, self.k, self.v))
         h = functional.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(h.transpose(2, 3).reshape(x.shape))
 
