@@ -200,12 +200,13 @@ EVENTS = [name for name, value in vars(Play).items() if callable(value) and not 
     whole=st.booleans(),
     jitter=st.sampled_from([0.0, 2e-4]),
     poison=st.booleans(),
+    in_file=st.booleans(),
     events=st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 99)), min_size=3, max_size=12),
 )
 def test_any_sequence_of_events(
-    seed: int, share: float, whole: bool, jitter: float, poison: bool, events: list[tuple[str, int]]
+    seed: int, share: float, whole: bool, jitter: float, poison: bool, in_file: bool, events: list[tuple[str, int]]
 ) -> None:
-    with Case(seed, share=share, whole=whole, jitter=jitter, bandwidth=1e8 if jitter else 1e12) as case:
+    with Case(seed, share=share, whole=whole, jitter=jitter, bandwidth=1e8 if jitter else 1e12, in_file=in_file) as case:
         case.inner.poison = poison
         play = Play(case)
         play.pass_()

@@ -13,27 +13,12 @@ from torch import nn
 from lib_async_lowvram import AsyncModelMover, OffloadConfig
 from lib_async_lowvram.device.recorder import RecordingStreams
 from lib_async_lowvram.device.streams import Streams, align
-from lib_async_lowvram.device.weight_file import WeightFile, WeightsChanged
+from lib_async_lowvram.device.weight_file import WeightsChanged
 from lib_async_lowvram.shadow import Shadow
 from tests.mover.chains import LEAF_BYTES, Chain, Leaf, call, handed_over, pair, recorded, same, simulated
+from tests.mover.trees import put_in_file
 
 RING = 2 * LEAF_BYTES
-
-
-def put_in_file(net: nn.Module, path: Path) -> WeightFile:
-    """Write the weights, each at a place of its own kind, and point the parameters at the file."""
-    places, data = [], bytearray(24)
-    for module in net.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                data += bytes(-len(data) % 8 + 8)
-                places.append((module, name, len(data), parameter))
-                data += bytes(parameter.detach().contiguous().view(torch.uint8).flatten().tolist())
-    path.write_bytes(data)
-    file = WeightFile(path)
-    for module, name, offset, parameter in places:
-        setattr(module, name, nn.Parameter(file.tensor(offset, parameter.dtype, parameter.shape), requires_grad=False))
-    return file
 
 
 class Rig:

@@ -8,7 +8,10 @@ lacks half kernels), some in channels_last; some own buffers, some are tied, fir
 from __future__ import annotations
 
 import random
+import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,7 @@ from lib_async_lowvram import AsyncModelMover, NetworkSpec, OffloadConfig, Regio
 from lib_async_lowvram.device.recorder import RecordingStreams
 from lib_async_lowvram.device.simulated import SimulatedStreams
 from lib_async_lowvram.device.use_logger import UseLogger
+from lib_async_lowvram.device.weight_file import WeightFile
 
 WIDTH = 16
 
@@ -135,9 +139,26 @@ def build(seed: int) -> Net:
     return net.eval()
 
 
+def put_in_file(net: nn.Module, path: Path) -> WeightFile:
+    """Write the weights, each at a place of its own kind, and point the parameters at the file. Those that share memory stay there."""
+    parameters = {id(each): each for module in net.modules() for each in module._parameters.values() if each is not None}
+    uses = Counter(parameter.untyped_storage().data_ptr() for parameter in parameters.values())
+    own = [each for each in parameters.values() if uses[each.untyped_storage().data_ptr()] == 1 and each.is_contiguous()]
+    data, offsets = bytearray(24), []
+    for parameter in own:
+        data += bytes(-len(data) % 8 + 8)
+        offsets.append(len(data))
+        data += bytes(parameter.detach().contiguous().view(torch.uint8).flatten().tolist())
+    path.write_bytes(data)
+    file = WeightFile(path)
+    for parameter, offset in zip(own, offsets, strict=True):
+        file.point(parameter, offset)
+    return file
+
+
 @dataclass
 class Case:
-    """One run: the tree of `seed` under the mover, beside its plain twin."""
+    """One run: the tree of `seed` under the mover, beside its plain twin. `in_file`: its weights stay in a file, as far as they can."""
 
     seed: int
     share: float = 0.0  # of the weights, as budget; 0 = the least
@@ -146,6 +167,7 @@ class Case:
     whole: bool = True
     small: int = 0
     passes: int = 5
+    in_file: bool = False
     order: dict[int, list[int]] = field(default_factory=dict)
 
     def __enter__(self) -> Case:
@@ -158,6 +180,9 @@ class Case:
         self.streams = RecordingStreams(self.inner)
         config = OffloadConfig(budget_bytes=max(1, int(self.share * self.weight_bytes)), small_leaf_bytes=self.small, check_placement=True)
         self.mover = AsyncModelMover(config, self.streams)
+        if self.in_file:
+            self.folder = tempfile.TemporaryDirectory()
+            self.mover.host.files.append(put_in_file(self.net, Path(self.folder.name) / "weights"))
         spec = self.net if self.whole else NetworkSpec([Region(block) for block in self.net.blocks], self.net, roots=[self.net])
         self.mover.attach({"net": spec})
         return self
@@ -191,3 +216,6 @@ class Case:
             assert not any(module._forward_pre_hooks or module._forward_hooks for module in self.net.modules())
             assert self.inner.allocated_bytes == 0
         self.inner.close()
+        if self.in_file:
+            self.mover.host.files[0].close()
+            self.folder.cleanup()
