@@ -1,7 +1,7 @@
 """Is this a host we know, and a device we can drive? Answered once at start, in one line for the user.
 
 Problem: the extension is installed into hosts of many kinds (Forge, forks for DirectML and ZLUDA, Macs, old versions, a
-WebUI started without `--lowvram`). On all of them but ours it must do nothing at all and say so in one line (I6).
+WebUI started without `--lowvram` and `--medvram`). On all of them but ours it must do nothing at all and say so in one line (I6).
 Invariant: `detect` never raises and changes nothing: it reads capabilities first (what is there), the version second.
 Called from the extension's script, on the thread that imports scripts, before any model is managed. It may make torch
 create the CUDA context when it asks for the current device, as the WebUI itself has by then; it makes no stream (I7).
@@ -98,8 +98,9 @@ def _check_capabilities() -> None:
     for name in ("setup_for_low_vram", "send_everything_to_cpu", "is_enabled"):
         if not callable(getattr(lowvram, name, None)):
             raise _Unusable(f"modules.lowvram of this WebUI has no {name}")
-    if not getattr(importlib.import_module("modules.shared").cmd_opts, "lowvram", False):
-        raise _Unusable("the WebUI was started without --lowvram")
+    options = importlib.import_module("modules.shared").cmd_opts
+    if not any(getattr(options, name, False) for name in ("lowvram", "medvram", "medvram_sdxl")):
+        raise _Unusable("the WebUI was started without --lowvram or --medvram")
     if "always_call" not in inspect.signature(torch.nn.Module.register_forward_hook).parameters:
         raise _Unusable(f"torch {torch.__version__} is too old, 2.1 or newer is needed")
 

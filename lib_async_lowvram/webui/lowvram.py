@@ -340,7 +340,8 @@ class Integration:
         elif not self._enabled:
             status.update(state="standing_down", reason=SWITCHED_OFF)
         elif not self._models:
-            status.update(state="standing_down", reason="no model is loaded yet")
+            none = self._host_models.model_data.sd_model is None
+            status.update(state="standing_down", reason="no model is loaded yet" if none else "this model is left to the WebUI")
         return status
 
     def describe(self) -> str:

@@ -68,7 +68,7 @@ class ManagedModels:
         """Take over a model that stock has set up, as harvested; leaves to stock what it cannot describe."""
         specs = network_specs(found)
         if not specs:
-            logger.info("stock --lowvram put no hooks on the blocks of this model's UNet: left to stock")
+            logger.info("stock put no hooks on this model's UNet that could be told apart: left to stock")
             return
         self.forget_dead()
         self._make_room(found.model)

@@ -29,6 +29,19 @@ def _owns_tensors(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
 
 
+def _owns_tensors_beside(module: nn.Module, part: nn.Module) -> bool:
+    """Whether `module` has weights or buffers outside `part` of it."""
+    inside = {id(tensor) for tensor in (*part.parameters(), *part.buffers())}
+    return any(id(tensor) not in inside for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _blocks_of(unet: nn.Module) -> list[nn.Module]:
+    """What stock `--lowvram` would hook in it, as far as it is there: the regions of the learning pass."""
+    parts = [getattr(unet, name, None) for name in ("time_embed", "input_blocks", "middle_block", "output_blocks")]
+    found = [block for part in parts for block in (part if isinstance(part, nn.ModuleList) else [part])]
+    return found if all(isinstance(block, nn.Module) for block in found) else list(unet.children())
+
+
 def vae_networks(vae: nn.Module) -> dict[str, NetworkSpec]:
     """One network for each side of the VAE; none when it has weights that belong to neither."""
     children = dict(vae.named_children())
@@ -52,8 +65,8 @@ def _text_network(triggers: list[nn.Module], found: Harvest) -> NetworkSpec:
 
 
 def network_specs(found: Harvest) -> dict[str, NetworkSpec]:
-    """The specs of everything stock hooked on a model; empty where the UNet is not hooked block by block (`--medvram`, or a
-    model stock cannot split), which is left to stock altogether.
+    """The specs of everything stock hooked on a model; empty where the UNet is hooked neither block by block (`--lowvram`) nor as a
+    whole (`--medvram`), which is left to stock altogether.
 
     Takes the VAE out of `found` when it cannot be described, so that stock goes on moving it.
     """
@@ -61,15 +74,20 @@ def network_specs(found: Harvest) -> dict[str, NetworkSpec]:
     root = getattr(getattr(found.model, "model", None), "diffusion_model", None)
     inside_root = set(root.modules()) - {root} if root is not None else set()
     blocks = [module for module in hooked if module in inside_root]
-    if not blocks:
+    wrapper = getattr(found.model, "model", None)
+    if blocks:
+        specs = {UNET: NetworkSpec([Region(module) for module in blocks], span=root)}
+    elif wrapper in hooked and root is not None and _owns_tensors(root) and not _owns_tensors_beside(wrapper, root):
+        # The same, but that the UNet's remaining parts, which stock then does not keep on the device, are the network's as well.
+        specs = {UNET: NetworkSpec([Region(module) for module in _blocks_of(root)], span=root, roots=[root])}
+    else:
         return {}
-    specs = {UNET: NetworkSpec([Region(module) for module in blocks], span=root)}
 
     vae = found.vae
     named = {id(getattr(found.model, name, None)): name for name in ("depth_model", "embedder")}
     text_triggers: dict[nn.Module, list[nn.Module]] = {}
     for module in hooked:
-        if module in inside_root or module is vae:
+        if module in inside_root or module is vae or module is wrapper:
             continue
         if id(module) in named:
             specs[named[id(module)]] = NetworkSpec([Region(module)], span=module)

@@ -436,11 +436,30 @@ def test_a_vae_with_weights_of_its_own_is_left_to_stock(webui, recording):
     assert webui.lowvram.module_in_gpu is model.first_stage_model
 
 
-def test_medvram_hooks_are_left_alone(webui, recording):
-    model = tiny_models.make()
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+def test_medvram_hooks_are_replaced_and_come_back_object_for_object(webui, recording, kind):
+    """One hook on the whole UNet, whose every weight is then the network's."""
+    model = tiny_models.make(kind)
     webui.lowvram.setup_for_low_vram(model, True)
-    assert recording.mover is None
-    assert model.model._forward_pre_hooks
+    spec = recording.mover.networks["unet"]
+    unet = model.model.diffusion_model
+    assert spec.span is unet and list(spec.roots) == [unet]
+    assert [region.module for region in spec.regions] == [
+        unet.time_embed, *unet.input_blocks, unet.middle_block, *unet.output_blocks
+    ]  # fmt: skip
+    [(key, stand_in)] = model.model._forward_pre_hooks.items()
+    recording.integration.close()
+    assert dict(model.model._forward_pre_hooks) == {key: stand_in.stock}
+    assert stand_in.stock.__name__ == "send_me_to_gpu"
+    assert torch.equal(tiny_models.picture(model), tiny_models.picture(tiny_models.make(kind)))
+
+
+def test_a_unet_that_is_hooked_as_a_whole_and_has_weights_around_it_is_left_to_stock(webui, recording):
+    model = tiny_models.make()
+    model.model.scale = torch.nn.Parameter(torch.ones(1))
+    webui.lowvram.setup_for_low_vram(model, True)
+    assert recording.mover is None and model.model._forward_pre_hooks
+    assert recording.integration.status()["reason"] == "no model is loaded yet"  # nobody loaded it, as far as the host knows
 
 
 def test_a_failing_attach_leaves_stock(webui, recording, said):

@@ -89,6 +89,24 @@ def test_same_pictures_job_after_job(webui, moving, kind):
     assert all(network["learning_passes"] == 1 for network in status["networks"].values())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_medvram(webui, moving, kind):
+    """The same pictures, within the same budget."""
+    webui.shared.cmd_opts.lowvram, webui.shared.cmd_opts.medvram = False, True
+    try:
+        model = webui.sd_models.load_model(lambda: tiny_models.make(kind))
+        image = torch.ones(2, tiny_models.WIDTH)
+        for _ in range(3):
+            assert torch.equal(job(webui, model), expected(kind))
+            assert torch.equal(job(webui, model, image=image), expected(kind, image=image))
+        assert worked(moving)["networks"].keys() == {"unet", "text", "vae_encode", "vae_decode"}
+        moving.close()
+        assert torch.equal(tiny_models.picture(model), expected(kind))
+        webui.lowvram.send_everything_to_cpu()
+    finally:
+        webui.shared.cmd_opts.lowvram, webui.shared.cmd_opts.medvram = True, False
+
+
 def test_after_loading_the_text_encoder_stays_for_the_first_prompt(webui, moving):
     webui.sd_models.load_model(lambda: tiny_models.make("sdxl"))
     assert moving.status()["in_use"] == "text"
