@@ -1,4 +1,4 @@
-"""The command line: `python -m lib_async_lowvram demo`, `... bench`, `... plan`, `... doctor`.
+"""The command line: `python -m lib_async_lowvram demo`, `... bench`, `... plan`, `... doctor`, `... txt2img`.
 
 Exit codes: 0 all well; 1 outputs differ from the resident model's; 2 it could not run: wrong arguments, a missing
 package, a device that cannot be used, a file that cannot be read or written; 130 interrupted. Importing this module imports
@@ -14,10 +14,10 @@ from importlib.util import find_spec
 
 from lib_async_lowvram import __version__
 from lib_async_lowvram.bench import command as bench
-from lib_async_lowvram.commands import demo, doctor, plan
+from lib_async_lowvram.commands import demo, doctor, plan, txt2img
 from lib_async_lowvram.commands.common import CommandError, OutputsDiffer
 
-COMMANDS = (demo, bench, plan, doctor)
+COMMANDS = (demo, bench, plan, doctor, txt2img)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,12 +28,15 @@ LAYERS: dict[str, tuple[int, frozenset[str]]] = {
     "large": (2, frozenset({"torch"})),
     "webui": (3, frozenset({"torch", "PIL"}) | HOST),
     "bench": (4, frozenset({"torch", "numpy", "safetensors", "tqdm", "matplotlib"}) | PEERS),
+    # Pictures without a WebUI: on the classes of others, imported when one is made.
+    "standalone": (4, frozenset({"torch", "diffusers", "transformers", "tokenizers", "PIL"})),
     "commands": (5, frozenset({"torch", "tqdm"})),
     "__main__": (6, frozenset()),
 }
 TOP_LEVEL = (2, frozenset({"torch"}))
-# A layer imports itself or lower ones, but webui and bench stand side by side.
+# A layer imports itself or lower ones, but webui, bench and standalone stand side by side.
 NEVER = {("bench", "webui"), ("webui", "bench"), ("commands", "webui"), ("__main__", "webui")}
+NEVER |= {("standalone", "webui"), ("standalone", "bench"), ("bench", "standalone")}
 
 
 def module_name(path: Path) -> str:

@@ -6,19 +6,23 @@ size, float16): that is the limit of what can be computed; input, queries and re
 
 Whose formula: softmax(q k^T / sqrt(channels)) v by torch's `scaled_dot_product_attention`, which takes a fused kernel where the device has
 one for so many channels, and otherwise makes the matrix, for which the number of queries leaves room. The module's norm and four
-projections are called as they are; its own `forward`, of which the WebUI has six, is not. So where the picture is small enough for any of
-those the module itself is called (`tiled_vae`).
+projections are called as they are (diffusers' linear ones as convolutions, see `diffusers_vae`); its own `forward`, of which the WebUI has
+six, is not. So where the picture is small enough for any of those the module itself is called (`tiled_vae`).
 
 On the thread that computes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
 
 from lib_async_lowvram.large.banded import Banded
+from lib_async_lowvram.large.diffusers_vae import attention_parts
 from lib_async_lowvram.large.rows import Kept, Untileable
 from lib_async_lowvram.large.space import Space
 
@@ -27,12 +31,10 @@ PARTS = ("norm", "q", "k", "v", "proj_out")
 
 def attend(attention: nn.Module, x: Banded, space: Space) -> Banded:
     """`attention` of `x`, its input added. `Untileable` for an attention of another make."""
-    for name in PARTS:
-        if not isinstance(getattr(attention, name, None), nn.GroupNorm if name == "norm" else nn.Conv2d):
-            raise Untileable(f"an attention of type {type(attention).__name__}")
-    normed = attention.norm(x)
-    queries = attention.q(normed).store()
-    keys, values = (_tokens(part(normed).whole()) for part in (attention.k, attention.v))
+    part = _parts(attention)
+    normed = part["norm"](x)
+    queries = part["q"](normed).store()
+    keys, values = (_tokens(part[name](normed).whole()) for name in ("k", "v"))
     del normed
     result = space.store(queries.shape, queries.dtype)
     count, channels, height, width = queries.shape
@@ -47,7 +49,17 @@ def attend(attention: nn.Module, x: Banded, space: Space) -> Banded:
         found = torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0]
         result.write(top, found.transpose(2, 3).reshape(band.shape))
     del keys, values, queries
-    return x + attention.proj_out(Banded(Kept(result), space))
+    return x + part["proj_out"](Banded(Kept(result), space))
+
+
+def _parts(attention: nn.Module) -> dict[str, Callable[[Any], Any]]:
+    found = attention_parts(attention)
+    if found is not None:
+        return found
+    for name in PARTS:
+        if not isinstance(getattr(attention, name, None), nn.GroupNorm if name == "norm" else nn.Conv2d):
+            raise Untileable(f"an attention of type {type(attention).__name__}")
+    return {name: getattr(attention, name) for name in PARTS}
 
 
 def _tokens(x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,8 @@ share of the device has room, so the low resolutions, where most of the steps ar
 A spilled activation is stored row after row (row, picture, channel, column), so that a band of full-width rows is one contiguous
 piece and travels as one copy. Copies are waited for by the host: the memory may be unpinned as soon as nobody holds it, and a decode
 that spills is bound by the link anyway. Host memory is the mover's own kind where one is given (`HostMemory`: page-aligned, pinned
-within its limit, so that pinned bytes keep to what the user allowed), else ordinary memory.
+within its limit, so that pinned bytes keep to what the user allowed), else ordinary memory. Where a folder is given (`DiskRoom`), what is
+spilled lies in files there instead.
 
 Every activation carries its channels' moments (count, mean, sum of squared deviations), taken from each band while it was written: a
 group norm then needs no pass of its own over 2 GB. See `norm_statistics`.
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lib_async_lowvram.large.disk_room import DiskRoom
 from lib_async_lowvram.large.norm_statistics import Moments
 
 if TYPE_CHECKING:
@@ -54,7 +56,10 @@ class Space:
         host_bytes: int,
         most_rows: int | None = None,
         host: HostMemory | None = None,
+        disk: DiskRoom | None = None,
     ) -> None:
+        """`disk`: where spilled activations lie instead of on the host; `host_bytes` limits them there."""
+        self.disk = disk
         self.device, self.band_bytes, self.most_rows = device, band_bytes, most_rows
         self._store_bytes, self._host_bytes, self._host = store_bytes, host_bytes, host
         self.device_now = self.device_peak = self.host_now = self.host_peak = 0
@@ -93,14 +98,17 @@ class Space:
         else:
             if self.host_now + nbytes > self._host_bytes:
                 raise OutOfHostMemory(f"no room for an activation of {nbytes >> 20} MB beside {self.host_now >> 20} MB of others")
-            block = self._block(nbytes)
-            stored = Stored(self, block.view(dtype).view(height, count, channels, width), tuple(shape), on_host=True)
+            if self.disk is not None:
+                stored = StoredOnDisk(self, shape, dtype, self.disk)
+            else:
+                block = self._block(nbytes)
+                stored = Stored(self, block.view(dtype).view(height, count, channels, width), tuple(shape), on_host=True)
+                pinned = nbytes if self._host is not None and self._host.is_pinned(block) else 0
+                weakref.finalize(stored, self._spare.setdefault(nbytes, []).append, block)
             self.host_now += nbytes
             self.host_peak = max(self.host_peak, self.host_now)
-            pinned = nbytes if self._host is not None and self._host.is_pinned(block) else 0
             self.pinned_now += pinned
             self.pinned_peak = max(self.pinned_peak, self.pinned_now)
-            weakref.finalize(stored, self._spare.setdefault(nbytes, []).append, block)
         weakref.finalize(stored, self._gone, nbytes, stored.on_host, pinned)
         return stored
 
@@ -157,3 +165,26 @@ class Stored:
     def whole(self) -> torch.Tensor:
         """All of it, on the device."""
         return self.rows(0, self.shape[2]).contiguous()
+
+
+class StoredOnDisk(Stored):
+    """One activation in a file, row after row (row, picture, channel, column)."""
+
+    def __init__(self, space: Space, shape: Sequence[int], dtype: torch.dtype, disk: DiskRoom) -> None:
+        super().__init__(space, torch.empty(0, dtype=dtype), tuple(shape), on_host=True)
+        self._file = disk.file()
+        count, channels, _, width = shape
+        self._row = (count, channels, width)
+        self._row_bytes = count * channels * width * dtype.itemsize
+
+    def write(self, top: int, band: torch.Tensor) -> None:
+        self.moments.add(band)
+        rows = band.permute(2, 0, 1, 3).contiguous().cpu()
+        self._file.write(top * self._row_bytes, rows)
+        self._space.spilled += rows.numel() * rows.element_size()
+
+    def rows(self, top: int, bottom: int) -> torch.Tensor:
+        piece = torch.empty((bottom - top, *self._row), dtype=self.dtype)
+        self._file.read(top * self._row_bytes, piece)
+        self._space.restored += piece.numel() * piece.element_size()
+        return piece.to(self.device).permute(1, 2, 0, 3)

@@ -31,11 +31,13 @@ from torch import nn
 
 from lib_async_lowvram.large.banded import Banded, banded
 from lib_async_lowvram.large.chunked_attention import attend
+from lib_async_lowvram.large.disk_room import DiskRoom
 from lib_async_lowvram.large.estimated import run_estimated
 from lib_async_lowvram.large.rows import Untileable
 from lib_async_lowvram.large.space import Space
+from lib_async_lowvram.large.vae_layouts import kind_of, steps_of
 from lib_async_lowvram.large.vae_memory import beyond_memory, shares, whole_bytes
-from lib_async_lowvram.large.vae_steps import DECODER, Step, kind_of, steps_of
+from lib_async_lowvram.large.vae_steps import DECODER, Step
 
 if TYPE_CHECKING:
     from lib_async_lowvram.device.host_memory import HostMemory
@@ -118,12 +120,13 @@ def run(
     limits: Limits,
     host: HostMemory | None = None,
     whole: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    disk: DiskRoom | None = None,
 ) -> tuple[torch.Tensor, Report]:
     """`network(x)` of a decoder (latents, after `post_quant_conv`) or encoder (pictures), and how it was done. `x`: (picture, channel,
     row, column) on the device.
 
     `host`: where spilled activations are allocated, pinned within its limit; None: ordinary memory. `whole`: what to call where bands are
-    not needed; None: the network.
+    not needed; None: the network. `disk`: where spilled activations lie instead, `limits.host_bytes` of them.
     `Untileable` for networks, operations or circumstances (gradients) that cannot be computed in bands: nothing has been changed then.
     `space.OutOfHostMemory`, torch's out-of-memory error: where even the smallest band does not fit."""
     if torch.is_grad_enabled():
@@ -139,15 +142,17 @@ def run(
         if fits_whole(network, picture.shape, element, limits):
             results.append(whole(picture))
         else:
-            results.append(_in_bands(network, picture, limits, host, report))
+            results.append(_in_bands(network, picture, limits, host, report, disk))
     return torch.cat(results) if len(results) > 1 else results[0], report
 
 
-def _in_bands(network: nn.Module, x: torch.Tensor, limits: Limits, host: HostMemory | None, report: Report) -> torch.Tensor:
+def _in_bands(
+    network: nn.Module, x: torch.Tensor, limits: Limits, host: HostMemory | None, report: Report, disk: DiskRoom | None
+) -> torch.Tensor:
     steps = steps_of(network)
     height, width = x.shape[2:]
     store_bytes, band_bytes = shares(limits.device_bytes)
-    space = Space(x.device, store_bytes, band_bytes, limits.host_bytes, limits.most_rows, host)
+    space = Space(x.device, store_bytes, band_bytes, limits.host_bytes, limits.most_rows, host, disk)
     short = beyond_memory(steps, height, width, x.element_size(), limits.device_bytes, limits.host_bytes)
     mode = EXACT if short is None else ESTIMATED if limits.estimate else RECOMPUTED
     report.mode = max(report.mode, mode, key=MODES.index)
