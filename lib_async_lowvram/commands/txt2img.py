@@ -138,6 +138,9 @@ def figures(made: Made, request: Request) -> list[str]:
     if made.device_bytes is not None:
         lines.append(f"device memory: {made.device_bytes / MIB:.0f} MB at most, of {request.memory_bytes / MIB:.0f} MB allowed")
     if made.imported_bytes is not None and made.peak_bytes is not None:
+        each = ", ".join(f"{name} {(peak - made.imported_bytes) / MIB:.0f}" for name, peak in made.peaks.items() if peak is not None)
         more = (made.peak_bytes - made.imported_bytes) / MIB
-        lines.append(f"main memory: {made.imported_bytes / MIB:.0f} MB after imports, {more:.0f} MB more at most")
+        lines.append(
+            f"main memory: {made.imported_bytes / MIB:.0f} MB after imports, {more:.0f} MB more at most (until the end of: {each})"
+        )
     return lines

@@ -50,7 +50,7 @@ class Made:
     Attributes:
         imported_bytes: of the process before the checkpoint was opened, all imports done. peak_bytes: the most at any time; None where
             the system does not say. device_bytes: peak of the device's allocator, on a GPU.
-        read_bytes, read_seconds: from the checkpoint. seconds: of each stage.
+        read_bytes, read_seconds: from the checkpoint. seconds: of each stage. peaks: main memory, the most until each stage's end.
     """
 
     picture: torch.Tensor | None = None
@@ -63,6 +63,7 @@ class Made:
     read_bytes: int = 0
     read_seconds: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int | None] = field(default_factory=dict)
 
 
 class Maker:
@@ -99,7 +100,8 @@ class Maker:
         yield
         self.mover.drain()
         trim_heap()
-        self.made.seconds[name] = self.made.seconds.get(name, 0.0) + time.perf_counter() - began
+        self.made.seconds[name] = time.perf_counter() - began
+        self.made.peaks[name] = peak_bytes()
 
     def _share(self, modules: tuple[torch.nn.Module, ...], dtype: torch.dtype, beside: int = 0) -> Shares:
         """The mover's budget for these networks is set; what is left for activations."""
