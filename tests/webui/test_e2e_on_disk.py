@@ -1,4 +1,5 @@
-"""Weights kept on disk in the real WebUI: stock's pictures, with LoRA and another checkpoint too. Set up and run as `test_e2e_lora`."""
+"""Weights kept on disk in the real WebUI: stock's pictures, with LoRA and another checkpoint too. Set up and run as `test_e2e_lora`, with
+checkpoints in the precision that the servers compute in (float32 with --no-half)."""
 
 from __future__ import annotations
 
@@ -14,6 +15,10 @@ LORA = "<lora:e2e-one:1>"
 @pytest.fixture
 def on_disk(pair):
     pair.ours.set_options(async_lowvram_on_disk=True)
+    pair.run("on disk, at first", job())
+    if "converted" in pair.ours.status()["on_disk"]["why_not"]:
+        pair.ours.set_options(async_lowvram_on_disk=False)
+        pytest.skip("this server's checkpoints are in another precision than it computes in: give it some in the same")
     yield pair
     pair.ours.set_options(async_lowvram_on_disk=False)
     pair.run("in memory again", job())
@@ -28,12 +33,11 @@ def kept(pair):
 
 
 def test_the_same_pictures(on_disk):
-    before = on_disk.ours.status()["host_bytes"]
     for number in range(3):
         on_disk.run(f"on disk {number}", job(prompt=on_disk.unheard_of(number)))
     found, of, file, host = kept(on_disk)
-    print(f"\n{found} of {of} bytes in the checkpoint, {file} of them in units; masters {before} -> {host}")
-    assert found > 0.9 * of and file > 0.9 * found and host < before / 2
+    print(f"\n{found} of {of} bytes in the checkpoint, {file} of them in units; masters {host}")
+    assert found > 0.9 * of and file > 0.9 * found and host < of / 2
     first = on_disk.ours.status()
     on_disk.run("on disk again", job())
     after = on_disk.ours.status()
