@@ -48,6 +48,7 @@ class WeightFile:
         self.read_bytes = 0
         self.read_seconds = 0.0
         self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._close = weakref.finalize(self, os.close, self._descriptor)
         try:
             self._looked = self._look()
             self.nbytes = os.fstat(self._descriptor).st_size
@@ -57,11 +58,10 @@ class WeightFile:
                 storage = torch.UntypedStorage.from_file(str(self.path), False, self.nbytes)  # False: private
                 self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (self.nbytes,), (1,))
         except BaseException:
-            os.close(self._descriptor)
+            self._close()
             raise
         self._pointed: dict[int, tuple[weakref.ref[nn.Parameter], int]] = {}
         self._lock = threading.Lock()  # of the counters, and of the position where reads have none of their own
-        self._closed = False
 
     def _look(self) -> tuple[int, int]:
         found = os.fstat(self._descriptor)
@@ -127,10 +127,8 @@ class WeightFile:
         return len(found)
 
     def close(self) -> None:
-        """No more reads. The mapping lives as long as tensors over it do. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            os.close(self._descriptor)
+        """No more reads; so it is when nobody holds this any more. The mapping lives as long as tensors over it do. Idempotent."""
+        self._close()
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,16 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     assert not before or len(os.listdir("/proc/self/fd")) == before
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are counted in /proc")
+def test_it_is_closed_when_nobody_holds_it(file: WeightFile) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    other = WeightFile(file.path)
+    kept = other.tensor(0, torch.uint8, (10,))
+    assert len(os.listdir("/proc/self/fd")) > before
+    del other
+    assert len(os.listdir("/proc/self/fd")) == before and kept.numel() == 10
+
+
 def test_the_mapping_outlives_the_reads(file: WeightFile, content: bytes) -> None:
     found = file.tensor(0, torch.uint8, (10,))
     file.close()
