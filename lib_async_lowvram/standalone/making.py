@@ -82,6 +82,8 @@ class Maker:
         streams = _streams(request.device)
         self.on_cpu = isinstance(streams, MainMemory)
         self.device = streams.device
+        if self.on_cpu:
+            pictures.check_spill(request.spill)
         self.dtype = compute_dtype(request.precision, self.stored, self.device.type == "cpu")
         self.streams = streams
         self.mover = AsyncModelMover(OffloadConfig(pinned_limit_bytes=STAGING_LIMIT), streams)

@@ -45,6 +45,14 @@ class Room:
     around: Callable[[], AbstractContextManager]
 
 
+def check_spill(folder: Path | None) -> None:
+    """That activations may wait there. `CannotMake`."""
+    try:
+        DiskRoom(folder).free_bytes()
+    except OSError as error:
+        raise CannotMake(f"activations that wait cannot be written to {DiskRoom(folder)}: {error.strerror or error}") from error
+
+
 def _tiled(network: torch.nn.Module, x: torch.Tensor, room: Room) -> tuple[torch.Tensor, Report]:
     try:
         if room.host is not None:
@@ -57,8 +65,6 @@ def _tiled(network: torch.nn.Module, x: torch.Tensor, room: Room) -> tuple[torch
         raise CannotMake(f"the VAE: {error}; --spill names a folder on a larger disk") from error
     except OutOfDiskSpace as error:
         raise CannotMake(f"{error.strerror}: --spill names another folder") from error
-    except OSError as error:
-        raise CannotMake(f"activations that wait cannot be written to {room.folder or 'the folder of temporary files'}: {error}") from error
 
 
 def _whole(network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

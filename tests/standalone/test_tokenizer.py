@@ -1,4 +1,4 @@
-"""CLIP's tokens, from the vocabulary that a package ships. Expected numbers: transformers' CLIPTokenizer of openai/clip-vit-large-patch14."""
+"""CLIP's tokens, from the vocabulary that a package ships. Expected: transformers' CLIPTokenizer of clip-vit-large-patch14."""
 
 from __future__ import annotations
 
