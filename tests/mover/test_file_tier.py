@@ -85,15 +85,18 @@ def test_the_same_bits_and_nothing_in_memory(streams: Streams, tmp_path: Path, b
 
 
 def test_what_is_read_is_what_streams(tmp_path: Path) -> None:
+    """What was used was read; what is on its way to the next pass may have been, or not yet."""
     rig = Rig(simulated(), tmp_path / "weights")
     rig.passes(4)
     before = rig.mover.status()
-    rig.passes(2)
+    rig.passes(3)
     after = rig.mover.status()
-    streamed = after["streamed_bytes"] - before["streamed_bytes"]
     # Without the padding of the pack.
-    assert after["file_read_bytes"] - before["file_read_bytes"] == streamed // (LEAF_BYTES + align(4)) * (LEAF_BYTES + 4)
-    assert after["staged_bytes"] - before["staged_bytes"] == streamed
+    streamed = (after["streamed_bytes"] - before["streamed_bytes"]) // (LEAF_BYTES + align(4))
+    read, rest = divmod(after["file_read_bytes"] - before["file_read_bytes"], LEAF_BYTES + 4)
+    ahead = 2
+    assert streamed == 3 * 6 and streamed - ahead <= read <= streamed + ahead and rest in (0, LEAF_BYTES, 4)  # in the middle of a leaf, now or then
+    assert after["staged_bytes"] - before["staged_bytes"] == after["streamed_bytes"] - before["streamed_bytes"]
     assert after["misses"] == before["misses"] and after["host_waits"] == 0
 
 
