@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lib_async_lowvram.commands.common import CommandError, at_least_one, check_writable, not_negative
 from lib_async_lowvram.standalone.errors import CannotMake
@@ -55,7 +57,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... or simulated (default: cpu)")
     parser.add_argument("--precision", default="auto", help="to compute in: float32, bfloat16, float16 (default: float32 on the CPU)")
     parser.add_argument("--tile", type=at_least_one, metavar="PIXELS", help="side of a tile, a multiple of 64 (default: as memory allows)")
-    parser.add_argument("--spill", type=Path, metavar="FOLDER", help="for what waits on disk (default: that of temporary files)")
+    parser.add_argument("--spill", type=Path, metavar="FOLDER", help="for what waits on disk (default: that of --out)")
     parser.set_defaults(run=run, needs=lambda options: NEEDS, what="txt2img")
 
 
@@ -84,14 +86,10 @@ def run(options: argparse.Namespace) -> None:
     from lib_async_lowvram.standalone.making import make
     from lib_async_lowvram.standalone.pictures import save
 
-    bar = tqdm(total=None, unit="call", desc="denoising", disable=None)
-
-    def moved(done: int, whole: int) -> None:
-        bar.total = whole
-        bar.update(done - bar.n)
-
+    # A terminal sees it move; a log gets a line now and then.
+    bar = Bar(tqdm, mininterval=0.1 if sys.stderr.isatty() else 30.0)
     try:
-        made = make(request, say=bar.write, moved=moved)
+        made = make(request, say=tqdm.write, moved=bar.moved)
         bar.close()
         save(made.picture, options.out, describe(request))
     except CannotMake as error:
@@ -104,6 +102,29 @@ def run(options: argparse.Namespace) -> None:
     print("\n".join(figures(made, request)))
 
 
+class Bar:
+    """A progress bar for each stage, with the time left. `make`: tqdm."""
+
+    def __init__(self, make: Callable, **more: Any) -> None:
+        self._make, self._more = make, more
+        self._bar: Any = None
+        self._stage = ""
+
+    def moved(self, stage: str, share: float) -> None:
+        """So much of a stage is done."""
+        if stage != self._stage:
+            self.close()
+            layout = "{l_bar}{bar:20}| {elapsed}, {remaining} left"
+            self._bar, self._stage = self._make(total=100.0, desc=stage, bar_format=layout, **self._more), stage
+        self._bar.update(100 * share - self._bar.n)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar, self._stage = None, ""
+
+
 def read(options: argparse.Namespace) -> Request:
     """Raises `CommandError` for values that make no sense together."""
     if options.tile is not None and options.tile % 64:
@@ -114,7 +135,9 @@ def read(options: argparse.Namespace) -> Request:
     return Request(
         checkpoint=options.checkpoint, prompt=options.prompt, negative_prompt=options.negative_prompt, width=width, height=height,
         steps=options.steps, memory_bytes=options.memory, seed=options.seed, sampler=options.sampler, cfg=options.cfg, image=options.image,
-        strength=options.strength, device=options.device, precision=options.precision, tile=options.tile, spill=options.spill,
+        strength=options.strength, device=options.device, precision=options.precision, tile=options.tile,
+        # Not the folder of temporary files, which is main memory on many systems.
+        spill=options.spill or options.out.resolve().parent,
     )  # fmt: skip
 
 

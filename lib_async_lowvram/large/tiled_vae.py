@@ -121,12 +121,14 @@ def run(
     host: HostMemory | None = None,
     whole: Callable[[torch.Tensor], torch.Tensor] | None = None,
     disk: DiskRoom | None = None,
+    moved: Callable[[float], None] | None = None,
 ) -> tuple[torch.Tensor, Report]:
     """`network(x)` of a decoder (latents, after `post_quant_conv`) or encoder (pictures), and how it was done. `x`: (picture, channel,
     row, column) on the device.
 
     `host`: where spilled activations are allocated, pinned within its limit; None: ordinary memory. `whole`: what to call where bands are
     not needed; None: the network. `disk`: where spilled activations lie instead, `limits.host_bytes` of them.
+    `moved`: is told the share of the multiplications that is done, 0 to 1, after each step in bands.
     `Untileable` for networks, operations or circumstances (gradients) that cannot be computed in bands: nothing has been changed then.
     `space.OutOfHostMemory`, torch's out-of-memory error: where even the smallest band does not fit."""
     if torch.is_grad_enabled():
@@ -137,18 +139,31 @@ def run(
         report.slices = 1
         return whole(x), report
     results = []
-    for picture in x.split(1):
+    for number, picture in enumerate(x.split(1)):
         report.slices += 1
+        progress = None if moved is None else (lambda share, done=number: moved((done + share) / len(x)))
         if fits_whole(network, picture.shape, element, limits):
             results.append(whole(picture))
         else:
-            results.append(_in_bands(network, picture, limits, host, report, disk))
+            results.append(_in_bands(network, picture, limits, host, report, disk, progress))
     return torch.cat(results) if len(results) > 1 else results[0], report
 
 
+def _costs(steps: Sequence[Step], height: int, width: int) -> list[float]:
+    """Of each step, for progress only: multiplications, as far as convolutions of 3 x 3 and the attention's matrices make them."""
+    found = []
+    for step in steps:
+        (into, out), pixels = step.channels, float(height * width * step.scale**2)
+        found.append(9 * pixels * (out * (into + out) if step.reach == 2 else into * out))
+        if step.attention is not None:
+            found[-1] = pixels * into * (4 * into + 2 * pixels)
+    return found
+
+
 def _in_bands(
-    network: nn.Module, x: torch.Tensor, limits: Limits, host: HostMemory | None, report: Report, disk: DiskRoom | None
-) -> torch.Tensor:
+    network: nn.Module, x: torch.Tensor, limits: Limits, host: HostMemory | None, report: Report, disk: DiskRoom | None,
+    moved: Callable[[float], None] | None,
+) -> torch.Tensor:  # fmt: skip
     steps = steps_of(network)
     height, width = x.shape[2:]
     store_bytes, band_bytes = shares(limits.device_bytes)
@@ -157,6 +172,7 @@ def _in_bands(
     mode = EXACT if short is None else ESTIMATED if limits.estimate else RECOMPUTED
     report.mode = max(report.mode, mode, key=MODES.index)
     held = [banded(x, space)]  # and held by nobody else: a step's input must be gone when its result is stored
+    costs = _costs(steps, height, width)
     number = 0
     while number < len(steps):
         if short is not None and number == short.start:
@@ -171,6 +187,8 @@ def _in_bands(
         else:
             held.append(_step(steps[number], held, space))
             number += 1
+        if moved is not None:
+            moved(sum(costs[:number]) / sum(costs))
     result = held.pop().whole()
     report.add(space)
     return result

@@ -28,8 +28,8 @@ from lib_async_lowvram.standalone.networks import Networks, chunk_roots
 from lib_async_lowvram.standalone.prompts import Encoded
 from lib_async_lowvram.standalone.request import CELL, Request
 
-Moved = Callable[[int, int], None]
-"""(calls of the UNet that are done, calls in all)"""
+Moved = Callable[[float], None]
+"""(share of the UNet's calls that are done)"""
 
 
 @dataclass
@@ -104,7 +104,7 @@ def denoise(
             predicted = networks.unet(inputs, time, return_dict=False, **cond)[0]
         done += 1
         left = len(timesteps) * -(-len(denoiser.pieces) // denoiser.group)
-        moved(done, max(left, done))
+        moved(done / max(left, done))
         return predicted
 
     for time in timesteps:

@@ -22,6 +22,7 @@ from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.device.choose import UnsupportedDevice, open_streams
 from lib_async_lowvram.device.heap import trim_heap
 from lib_async_lowvram.device.streams import Streams
+from lib_async_lowvram.large.chunks import Hold
 from lib_async_lowvram.large.tiled_vae import Report
 from lib_async_lowvram.mover import AsyncModelMover
 from lib_async_lowvram.standalone import denoise as denoising
@@ -38,6 +39,11 @@ from lib_async_lowvram.standalone.shares import STAGING_LIMIT, Shares, split
 from lib_async_lowvram.standalone.tokenizer import tokenizer
 
 Say = Callable[[str], None]
+Moved = Callable[[str, float], None]
+"""(what is being done, share of it that is done)"""
+
+OLDEST_TORCH = (2, 2)
+"""Of the pinned transformers."""
 
 PICTURE_BYTES = 16
 """Per pixel, while the VAE's result becomes a file: 3 values of 4 bytes, and 3 bytes."""
@@ -67,12 +73,13 @@ class Made:
 
 
 class Maker:
-    """One model on one device, for one request. `say`: for what a user may want to know meanwhile."""
+    """One model on one device, for one request. `say`: for what a user may want to know meanwhile. `moved`: for progress."""
 
-    def __init__(self, request: Request, say: Say, family: Family | None = None) -> None:
+    def __init__(self, request: Request, say: Say, moved: Moved, family: Family | None = None) -> None:
         """`family`: of the checkpoint; None: told from its names. `CannotMake`."""
         self.request = request
         self.say = say
+        self.moved = moved
         self.words = tokenizer()
         self.made = Made(imported_bytes=resident_bytes())
         self.checkpoint = Checkpoint(request.checkpoint)
@@ -115,6 +122,19 @@ class Maker:
     def _computing(self, dtype: torch.dtype) -> Callable[[], AbstractContextManager]:
         return nullcontext if self.stored == dtype else partial(Computing, dtype)
 
+    def _computing_in_chunks(self) -> tuple[Callable[[], AbstractContextManager], Hold]:
+        """(around a call of the UNet, around a part's chunks)"""
+        if self.stored == self.dtype:
+            return nullcontext, self.mover.holding
+        mode = Computing(self.dtype)
+
+        @contextmanager
+        def hold(part: torch.nn.Module) -> Iterator[None]:
+            with self.mover.holding(part), mode.keeping():
+                yield
+
+        return (lambda: mode), hold
+
     # -- stages --------------------------------------------------------------------------------------------------------
     def encode(self) -> prompts.Encoded:
         """The prompts."""
@@ -134,7 +154,8 @@ class Maker:
         shares = self._share((half,), dtype, PICTURE_BYTES * self.request.width * self.request.height)
         host = None if self.on_cpu else self.mover.host
         around = self._computing(dtype)
-        return pictures.Room(self.device, dtype, shares.activations, host, self.request.spill, self.mover.running, around)
+        moved = partial(self.moved, "VAE")
+        return pictures.Room(self.device, dtype, shares.activations, host, self.request.spill, self.mover.running, around, moved)
 
     def start(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, object]:
         """(latent that goes into the first step, timesteps, the scheduler that is set to them)"""
@@ -157,7 +178,7 @@ class Maker:
             latent, _ = pictures.encode(self.networks, guide, generator, self.vae_room(self.networks.vae.encoder))
         return scheduler.add_noise(latent, noise, timesteps[:1]), timesteps, scheduler
 
-    def denoise(self, encoded: prompts.Encoded, moved: denoising.Moved) -> torch.Tensor:
+    def denoise(self, encoded: prompts.Encoded) -> torch.Tensor:
         """The latent."""
         generator = torch.Generator().manual_seed(self.request.seed)
         latent, timesteps, scheduler = self.start(generator)
@@ -165,10 +186,11 @@ class Maker:
         plan = denoising.tiling(self.networks, self.request, self.dtype.itemsize, shares.activations)
         self.made.tiling = plan.describe()
         self.say(f"{self.family.name}, {self.dtype}, {self.made.tiling}; weights within {shares.weights >> 20} MB on {self.streams.name}")
+        around, hold = self._computing_in_chunks()
         with self._stage("denoise"):
             return denoising.denoise(
                 self.networks, self.request, scheduler, timesteps, latent, encoded, plan, generator,
-                (self.device, self.dtype), self._computing(self.dtype), self.mover.holding, moved,
+                (self.device, self.dtype), around, hold, partial(self.moved, "denoising"),
             )  # fmt: skip
 
     def decode(self, latent: torch.Tensor) -> tuple[torch.Tensor, Report]:
@@ -185,14 +207,14 @@ def _streams(device: str) -> Streams:
 
 
 @torch.no_grad()
-def make(request: Request, say: Say, moved: denoising.Moved, family: Family | None = None) -> Made:
+def make(request: Request, say: Say, moved: Moved, family: Family | None = None) -> Made:
     """The picture that is asked for. `CannotMake`, and torch's out-of-memory error where even one tile is too much."""
     import_all()
     return_freed_memory()
-    maker = Maker(request, say, family)
+    maker = Maker(request, say, moved, family)
     try:
         made = maker.made
-        latent = made.latent = maker.denoise(maker.encode(), moved)
+        latent = made.latent = maker.denoise(maker.encode())
         say(f"decoding {request.width} x {request.height} pixels, {latent.shape[-1]} x {latent.shape[-2]} cells of {CELL}")
         made.picture, made.vae = maker.decode(latent)
         file = maker.checkpoint.file
@@ -206,7 +228,10 @@ def make(request: Request, say: Say, moved: denoising.Moved, family: Family | No
 
 
 def import_all() -> None:
-    """Everything that a picture needs, before memory is looked at."""
+    """Everything that a picture needs, before memory is looked at. `CannotMake` where torch is too old for it."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < OLDEST_TORCH:
+        raise CannotMake(f"torch {torch.__version__} is too old for transformers, {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer is needed")
     import diffusers.loaders.single_file_utils  # noqa: F401
     import PIL.Image
     import PIL.PngImagePlugin  # noqa: F401

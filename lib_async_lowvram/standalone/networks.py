@@ -57,9 +57,10 @@ def text_name(number: int) -> str:
 
 
 def by_leaves(modules: Iterable[nn.Module], span: nn.Module | None) -> NetworkSpec:
-    """Each module that holds weights itself is a region."""
-    leaves = [leaf for module in modules for leaf in module.modules() if leaf._parameters or leaf._buffers]
-    return NetworkSpec([Region(leaf) for leaf in leaves], span)
+    """Each module that holds weights itself is a region. Buffers, whose owners hold them while other modules run, stay for a whole pass."""
+    modules = list(modules)
+    leaves = [leaf for module in modules for leaf in module.modules() if any(each is not None for each in leaf._parameters.values())]
+    return NetworkSpec([Region(leaf) for leaf in leaves], span, roots=modules)
 
 
 def chunk_roots(unet: nn.Module) -> list[nn.Module]:

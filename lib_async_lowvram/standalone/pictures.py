@@ -34,7 +34,8 @@ ROWS = 64
 @dataclass(frozen=True)
 class Room:
     """Where a VAE computes. device_bytes: for activations. host: of a GPU's mover; None where the device is main memory and what waits
-    lies in `folder`. running: opens a pass of the mover's network of that name. around: open while it computes."""
+    lies in `folder`. running: opens a pass of the mover's network of that name. around: open while it computes. moved: is told the share
+    that is done, where it takes long."""
 
     device: torch.device
     dtype: torch.dtype
@@ -43,6 +44,7 @@ class Room:
     folder: Path | None
     running: Callable[[str], AbstractContextManager]
     around: Callable[[], AbstractContextManager]
+    moved: Callable[[float], None] | None = None
 
 
 def check_spill(folder: Path | None) -> None:
@@ -60,7 +62,7 @@ def _tiled(network: torch.nn.Module, x: torch.Tensor, room: Room) -> tuple[torch
         else:
             disk = DiskRoom(room.folder)
             limits = Limits(room.device_bytes, int(DISK_SHARE * disk.free_bytes()))
-        return run(network, x, limits, room.host, lambda whole: _whole(network, whole), disk)
+        return run(network, x, limits, room.host, lambda whole: _whole(network, whole), disk, room.moved)
     except OutOfHostMemory as error:
         raise CannotMake(f"the VAE: {error}; --spill names a folder on a larger disk") from error
     except OutOfDiskSpace as error:

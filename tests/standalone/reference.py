@@ -103,7 +103,7 @@ def main() -> None:
     request = Request(
         options.checkpoint, "a photo of a cat", options.size, options.size, options.steps, options.memory, sampler=options.sampler, seed=7
     )
-    made = make(request, print, lambda done, whole: None)
+    made = make(request, print, lambda stage, share: None)
     latent, expected = picture(request, family_of(read_header(options.checkpoint)))
     off = (made.latent - latent).abs().max().item()
     bytes_off = (made.picture.int() - expected.int()).abs()

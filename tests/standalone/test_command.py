@@ -78,6 +78,13 @@ def test_what_cannot_be_done(capsys: pytest.CaptureFixture, tmp_path: Path, monk
 
 
 @installed
+def test_a_torch_that_is_too_old(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.1.2+cpu")
+    said = refused(capsys, "--prompt", "y", "--checkpoint", str(tmp_path / "x"), "--out", str(tmp_path / "y.png"))
+    assert said == "error: torch 2.1.2+cpu is too old for transformers, 2.2 or newer is needed"
+
+
+@installed
 def test_files_that_are_no_checkpoints(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     given = ["--prompt", "y", "--out", str(tmp_path / "y.png"), "--checkpoint"]
     broken = tmp_path / "broken.safetensors"

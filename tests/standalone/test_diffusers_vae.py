@@ -142,3 +142,11 @@ def test_what_is_left_alone(vae: nn.Module) -> None:
         del vae.decoder.forward
     with pytest.raises(Untileable, match="neither"):
         kind_of(nn.Linear(1, 1))
+
+
+@torch.no_grad()
+def test_progress_reaches_the_end(vae: nn.Module) -> None:
+    network, x = inputs(vae, "decode")
+    shares: list[float] = []
+    run(network, torch.cat([x, x]), Limits(2 * MB, PLENTY), moved=shares.append)
+    assert shares == sorted(shares) and 0 < shares[0] < 0.1 and shares[-1] == 1.0

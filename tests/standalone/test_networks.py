@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("diffusers")
 
@@ -65,14 +66,14 @@ def test_the_real_shapes(tmp_path: Path, family: Family) -> None:
 @tiny
 def test_the_mover_holds_no_weights_between_stages(tmp_path: Path, family: Family) -> None:
     request = Request(tiny_file(tmp_path, family), "dusk", 64, 64, 1, 800 << 20)
-    maker = Maker(request, lambda line: None, family)
+    maker = Maker(request, lambda line: None, lambda stage, share: None, family)
     try:
         status = maker.mover.status()
         total = sum(network["weight_bytes"] for network in status["networks"].values())
         assert status["file_bytes"] == total > 0 and status["host_bytes"] == 0
         with torch.no_grad():
             maker.encode()
-            maker.denoise(maker.encode(), lambda done, whole: None)
+            maker.denoise(maker.encode())
         status = maker.mover.status()
         assert status["file_bytes"] == total and status["host_bytes"] == status["staging_bytes"]
         assert maker.streams.allocated_bytes == 0 and status["last_error"] == "" and status["reason"] == ""
@@ -121,3 +122,29 @@ def test_computing_in_another_type(dtype: torch.dtype) -> None:
     assert found.dtype == words.dtype == dtype and net[0].weight.dtype == torch.float16
     with torch.no_grad():
         assert torch.equal(found, net.to(dtype)(x))
+
+
+def test_conversions_are_kept_as_long_as_they_are_asked_for() -> None:
+    layer = torch.nn.Linear(4, 4).half()
+    x, mode = torch.ones(1, 4), Computing(torch.float32)
+    seen: list[int] = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func is torch.ops.aten._to_copy.default)
+            return func(*args, **(kwargs or {}))
+
+    def conversions(times: int) -> int:
+        seen.clear()
+        with Count(), torch.no_grad(), mode:
+            for _ in range(times):
+                layer(x)
+        return sum(seen)
+
+    assert conversions(3) == 6  # weight and bias
+    with mode.keeping():
+        assert conversions(3) == 2
+        with mode.keeping():
+            assert conversions(1) == 0
+        assert conversions(1) == 0
+    assert conversions(1) == 2

@@ -35,7 +35,7 @@ def asked(path: Path, **more) -> Request:
 
 
 def made(request: Request, family: Family) -> Made:
-    return make(request, lambda line: None, lambda done, whole: None, family)
+    return make(request, lambda line: None, lambda stage, share: None, family)
 
 
 def judged(got: Made, expected: tuple[torch.Tensor, torch.Tensor], closeness: float = 1e-4) -> None:
@@ -62,6 +62,11 @@ def test_the_same_from_weights_that_never_fit(model: tuple[Path, Family]) -> Non
     scarce = made(asked(path, memory_bytes=140 * MB), family)
     assert torch.equal(plenty.picture, scarce.picture) and torch.equal(plenty.latent, scarce.latent)
     assert plenty.read_bytes > 0
+
+
+def test_on_the_simulated_device(sd15: Path) -> None:
+    """Where memory that holds nothing is NaN, and weights travel over a link."""
+    assert torch.equal(made(asked(sd15, device="simulated"), TINY_SD15).picture, made(asked(sd15), TINY_SD15).picture)
 
 
 def test_tiles(sd15: Path) -> None:
