@@ -93,7 +93,8 @@ class Maker:
             pictures.check_spill(request.spill)
         self.dtype = compute_dtype(request.precision, self.stored, self.device.type == "cpu")
         self.streams = streams
-        self.mover = AsyncModelMover(OffloadConfig(pinned_limit_bytes=STAGING_LIMIT), streams)
+        # On the CPU nothing is gained by pinning more than the ring.
+        self.mover = AsyncModelMover(OffloadConfig(pinned_limit_bytes=STAGING_LIMIT if self.on_cpu else 0), streams)
         self.mover.host.files.append(self.checkpoint.file)
         self.mover.attach(self.networks.specs())
 
@@ -162,10 +163,10 @@ class Maker:
         request = self.request
         scheduler = samplers.sampler(request.sampler)
         scheduler.set_timesteps(request.steps)
-        noise = torch.randn((1, self.family.unet["in_channels"], *request.cells), generator=generator)
+        shape = (1, self.family.unet["in_channels"], *request.cells)
         timesteps = scheduler.timesteps
         if request.image is None:
-            return noise * scheduler.init_noise_sigma, timesteps, scheduler
+            return torch.randn(shape, generator=generator) * scheduler.init_noise_sigma, timesteps, scheduler
         steps = min(request.steps, int(request.steps * request.strength))
         if steps < 1:
             raise CannotMake(f"a strength of {request.strength:g} of {request.steps} steps leaves no step to make")
@@ -176,6 +177,7 @@ class Maker:
         guide = pictures.read_guide(request.image, request.width, request.height)
         with self._stage("guide"):
             latent, _ = pictures.encode(self.networks, guide, generator, self.vae_room(self.networks.vae.encoder))
+        noise = torch.randn(shape, generator=generator)  # after the encoder's sample, as in diffusers' pipelines
         return scheduler.add_noise(latent, noise, timesteps[:1]), timesteps, scheduler
 
     def denoise(self, encoded: prompts.Encoded) -> torch.Tensor:

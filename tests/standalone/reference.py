@@ -52,7 +52,8 @@ def components(path: Path, family: Family, dtype: torch.dtype) -> tuple[Any, Any
 @torch.no_grad()
 def picture(request: Request, family: Family, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     """(latent [1, 4, h, w], picture [rows, columns, 3] in bytes) by `StableDiffusionPipeline` or its XL counterpart."""
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from PIL import Image
 
     unet, vae, text = components(request.checkpoint, family, dtype)
     words = tokenizer()
@@ -68,9 +69,14 @@ def picture(request: Request, family: Family, dtype: torch.dtype = torch.float32
         return torch.cat(found, -1), pooled
 
     generator = torch.Generator().manual_seed(request.seed)
-    noise = torch.randn((1, 4, *request.cells), generator=generator)
-    given: dict[str, Any] = {"latents": noise.to(dtype), "height": request.height, "width": request.width, "generator": generator}
-    given |= {"num_inference_steps": request.steps, "guidance_scale": request.cfg}
+    given: dict[str, Any] = {"num_inference_steps": request.steps, "guidance_scale": request.cfg, "generator": generator}
+    if request.image is None:
+        noise = torch.randn((1, 4, *request.cells), generator=generator).to(dtype)
+        given |= {"latents": noise, "height": request.height, "width": request.width}
+    else:
+        with Image.open(request.image) as image:
+            resized = image.convert("RGB").resize((request.width, request.height), Image.Resampling.LANCZOS)
+        given |= {"image": resized, "strength": request.strength}
     (given["prompt_embeds"], pooled), (negative, negative_pooled) = states(request.prompt), states(request.negative_prompt)
     if request.cfg > 1:
         given["negative_prompt_embeds"] = negative
@@ -82,7 +88,8 @@ def picture(request: Request, family: Family, dtype: torch.dtype = torch.float32
             if not request.negative_prompt:
                 given["negative_prompt_embeds"], given["negative_pooled_prompt_embeds"] = negative * 0, negative_pooled * 0
     else:
-        pipeline = StableDiffusionPipeline(vae, text[0], None, unet, scheduler, None, None, requires_safety_checker=False)
+        made = StableDiffusionPipeline if request.image is None else StableDiffusionImg2ImgPipeline
+        pipeline = made(vae, text[0], None, unet, scheduler, None, None, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     latent = pipeline(**given, output_type="latent").images
     decoded = vae.decode(latent / family.vae["scaling_factor"]).sample[0].float()

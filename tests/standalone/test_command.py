@@ -122,3 +122,26 @@ def test_a_picture_without_a_network(tmp_path: Path) -> None:
     with Image.open(out) as image:
         assert image.size == (128, 64) and image.mode == "RGB"
         assert image.text["parameters"].startswith("dusk\nNegative prompt: fog\nSteps: 2, Sampler: Euler")
+
+
+def test_a_bar_for_each_stage() -> None:
+    made: list[FakeBar] = []
+
+    class FakeBar:
+        def __init__(self, desc: str, **more: object) -> None:
+            self.desc, self.n, self.closed = desc, 0.0, False
+            made.append(self)
+
+        def update(self, by: float) -> None:
+            self.n += by
+
+        def close(self) -> None:
+            self.closed = True
+
+    bar = txt2img.Bar(FakeBar)
+    bar.close()
+    for stage, share in (("denoising", 0.25), ("denoising", 0.5), ("VAE", 1.0)):
+        bar.moved(stage, share)
+    assert [(each.desc, each.n, each.closed) for each in made] == [("denoising", 50.0, True), ("VAE", 100.0, False)]
+    bar.close()
+    assert made[1].closed

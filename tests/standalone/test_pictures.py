@@ -85,6 +85,8 @@ def test_a_guide(sd15: Path, tmp_path: Path) -> None:
     guide = tmp_path / "guide.png"
     save(torch.randint(0, 256, (64, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)), guide, "")
     request = asked(sd15, image=guide, steps=4)
+    for more in ({"strength": 0.5}, {"strength": 1.0, "sampler": "DDIM"}, {"strength": 0.75, "sampler": "Heun"}):
+        judged(made(replace(request, **more), TINY_SD15), picture(replace(request, **more), TINY_SD15))
     near, far = (made(replace(request, strength=strength), TINY_SD15) for strength in (0.25, 1.0))
     alone = made(asked(sd15, steps=4), TINY_SD15)
     assert not torch.equal(near.latent, far.latent) and not torch.equal(far.latent, alone.latent)
