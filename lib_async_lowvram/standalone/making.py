@@ -120,12 +120,12 @@ class Maker:
         self.mover.configure(replace(self.mover.config, budget_bytes=found.weights))
         return found
 
-    def _computing(self, dtype: torch.dtype) -> Callable[[], AbstractContextManager]:
-        return nullcontext if self.stored == dtype else partial(Computing, dtype)
+    def _computing(self, modules: tuple[torch.nn.Module, ...], dtype: torch.dtype) -> Callable[[], AbstractContextManager]:
+        return partial(Computing, dtype) if stored_otherwise(modules, dtype) else nullcontext
 
     def _computing_in_chunks(self) -> tuple[Callable[[], AbstractContextManager], Hold]:
         """(around a call of the UNet, around a part's chunks)"""
-        if self.stored == self.dtype:
+        if not stored_otherwise((self.networks.unet,), self.dtype):
             return nullcontext, self.mover.holding
         mode = Computing(self.dtype)
 
@@ -141,7 +141,7 @@ class Maker:
         """The prompts."""
         with self._stage("text"):
             self._share(self.networks.text, self.dtype)
-            with self._computing(self.dtype)():
+            with self._computing(self.networks.text, self.dtype)():
                 found = prompts.encode(self.request, self.family, self.networks.text, self.words, self.device)
         more = found.more and {key: value.to(self.dtype) for key, value in found.more.items()}
         return prompts.Encoded(found.states.to(self.dtype), more)
@@ -154,7 +154,7 @@ class Maker:
         dtype = self.vae_dtype()
         shares = self._share((half,), dtype, PICTURE_BYTES * self.request.width * self.request.height)
         host = None if self.on_cpu else self.mover.host
-        around = self._computing(dtype)
+        around = self._computing((self.networks.vae,), dtype)
         moved = partial(self.moved, "VAE")
         return pictures.Room(self.device, dtype, shares.activations, host, self.request.spill, self.mover.running, around, moved)
 
@@ -199,6 +199,11 @@ class Maker:
         """The picture, and how it was decoded."""
         with self._stage("decode"):
             return pictures.decode(self.networks, latent, self.vae_room(self.networks.vae.decoder))
+
+
+def stored_otherwise(modules: tuple[torch.nn.Module, ...], dtype: torch.dtype) -> bool:
+    """Whether any weight is of another type: checkpoints may hold a UNet in half precision beside a VAE that is not."""
+    return any(parameter.dtype != dtype for module in modules for parameter in module.parameters())
 
 
 def _streams(device: str) -> Streams:

@@ -102,6 +102,16 @@ def test_other_types_in_the_file(tmp_path: Path, stored: torch.dtype) -> None:
     judged(made(asked(path), TINY_SD15), picture(asked(path), TINY_SD15))
 
 
+def test_a_file_of_several_types(sd15: Path, tmp_path: Path) -> None:
+    """A VAE in float32 beside a UNet in half precision: converted, too, where the UNet's weights need no conversion."""
+    from safetensors.torch import load_file, save_file
+
+    mixed = tmp_path / "mixed.safetensors"
+    save_file({k: v.float() if k.startswith("first_stage_model.") else v for k, v in load_file(str(sd15)).items()}, str(mixed))
+    request = asked(sd15, width=64, height=64, precision="float16")
+    assert torch.equal(made(request, TINY_SD15).picture, made(replace(request, checkpoint=mixed), TINY_SD15).picture)
+
+
 def test_another_precision(sd15: Path) -> None:
     exact, rough = made(asked(sd15), TINY_SD15), made(asked(sd15, precision="bfloat16"), TINY_SD15)
     off = (exact.latent - rough.latent).abs().max() / exact.latent.abs().max()
