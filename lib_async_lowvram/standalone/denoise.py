@@ -107,6 +107,7 @@ def denoise(
         moved(done / max(left, done))
         return predicted
 
+    moved(0.0)  # the time left is reckoned from here
     for time in timesteps:
         sample = scheduler.scale_model_input(torch.cat([latent] * request.conditions), time)
         sample = sample.to(device=device, dtype=dtype)

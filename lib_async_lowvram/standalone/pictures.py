@@ -35,7 +35,7 @@ ROWS = 64
 class Room:
     """Where a VAE computes. device_bytes: for activations. host: of a GPU's mover; None where the device is main memory and what waits
     lies in `folder`. running: opens a pass of the mover's network of that name. around: open while it computes. moved: is told the share
-    that is done, where it takes long."""
+    that is done."""
 
     device: torch.device
     dtype: torch.dtype
@@ -44,7 +44,7 @@ class Room:
     folder: Path | None
     running: Callable[[str], AbstractContextManager]
     around: Callable[[], AbstractContextManager]
-    moved: Callable[[float], None] | None = None
+    moved: Callable[[float], None]
 
 
 def check_spill(folder: Path | None) -> None:
@@ -62,9 +62,13 @@ def _tiled(network: torch.nn.Module, x: torch.Tensor, room: Room) -> tuple[torch
         else:
             disk = DiskRoom(room.folder)
             limits = Limits(room.device_bytes, int(DISK_SHARE * disk.free_bytes()))
-        return run(network, x, limits, room.host, lambda whole: _whole(network, whole), disk, room.moved)
+        room.moved(0.0)
+        found = run(network, x, limits, room.host, lambda whole: _whole(network, whole), disk, room.moved)
+        room.moved(1.0)
+        return found
     except OutOfHostMemory as error:
-        raise CannotMake(f"the VAE: {error}; --spill names a folder on a larger disk") from error
+        help = "it takes more main memory" if room.host is not None else "--spill names a folder on a larger disk"
+        raise CannotMake(f"the VAE: {error}; {help}") from error
     except OutOfDiskSpace as error:
         raise CannotMake(f"{error.strerror}: --spill names another folder") from error
 
