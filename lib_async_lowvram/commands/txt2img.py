@@ -156,7 +156,8 @@ def figures(made: Made, request: Request) -> list[str]:
     speed = made.read_bytes / made.read_seconds / 1e9 if made.read_seconds else 0.0
     lines.append(f"read from the checkpoint: {made.read_bytes / 1e9:.2f} GB at {speed:.2f} GB/s")
     if made.vae is not None:
-        spilled = f", {made.vae.spilled_bytes / 1e9:.2f} GB of what waited written out, {made.vae.host_bytes / 1e9:.2f} GB at once" if made.vae.spilled_bytes else ""
+        written, waiting = made.vae.spilled_bytes / 1e9, made.vae.host_bytes / 1e9
+        spilled = f", {written:.2f} GB of what waited written out, {waiting:.2f} GB at once" if written else ""
         lines.append(f"VAE: {made.vae.mode}, {made.vae.bands} bands{spilled}")
     if made.device_bytes is not None:
         lines.append(f"device memory: {made.device_bytes / MIB:.0f} MB at most, of {request.memory_bytes / MIB:.0f} MB allowed")
