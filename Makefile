@@ -19,8 +19,8 @@ demo: $(DEMO_READY)
 	$(BIN)/python -m lib_async_lowvram demo --out demo
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu"
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu"
 
 soak: $(TEST_READY)
 	$(BIN)/python -m tests.soak --passes $(PASSES)

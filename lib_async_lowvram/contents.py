@@ -210,6 +210,10 @@ class Contents:
         unit = self._table.unit_of(module)
         if unit is not None:
             unit.dirty = True
+            for parameter in module.parameters():
+                for file in self._context.host.files:
+                    if file.offset_of(parameter) is not None:
+                        file.distrust(parameter)
         return unit
 
     def release(self) -> None:

@@ -32,7 +32,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "txt2img",
         help="make a picture from a checkpoint file, within a set amount of memory",
         description="Make one picture from an SD1.5 or SDXL checkpoint (one safetensors file, never loaded as a whole), in tiles, within "
-        "--memory. Needs no network and no WebUI: python -m pip install async-lowvram[standalone]",
+        "--memory. Needs no network and no WebUI: python -m pip install '.[standalone]' in the project's folder",
     )
     parser.add_argument(
         "--checkpoint", type=Path, required=True, metavar="FILE", help="a .safetensors file with UNet, VAE and text encoder"

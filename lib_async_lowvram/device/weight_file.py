@@ -8,7 +8,8 @@ its pages resident in this process: it reads ranges of the file into the staging
 A unit whose parameters all lie in one file has a `FileMaster` in place of a master in main memory, until somebody changes it.
 
 Invariant: a file that was changed since it was opened is noticed before its bytes are used (size and time of change); one that was
-replaced under its name is still the old one here.
+replaced under its name is still the old one here. Writes to the mapping that leave no trace (`.data`) must be told (`distrust`, through
+`AsyncModelMover.mark_dirty`): the mover would go on reading the file.
 
 Threads: any. Called by `weights` and `staging`.
 """
@@ -28,6 +29,9 @@ import torch
 from torch import nn
 
 from .dense import byte_range
+
+CHANGED = "a file of weights was changed while they were read from it: load another checkpoint, and then this one again"
+"""Without the file's name, which would go to the status as well."""
 
 
 class WeightsChanged(OSError):
@@ -63,6 +67,11 @@ class WeightFile:
         self._pointed: dict[int, tuple[weakref.ref[nn.Parameter], int]] = {}
         self._lock = threading.Lock()  # of the counters, and of the position where reads have none of their own
 
+    @property
+    def changed(self) -> bool:
+        """Whether somebody has written to the file since it was opened: what it holds now is not what was loaded."""
+        return self._look() != self._looked
+
     def _look(self) -> tuple[int, int]:
         found = os.fstat(self._descriptor)
         return found.st_size, found.st_mtime_ns
@@ -87,6 +96,11 @@ class WeightFile:
         key = id(parameter)
         self._pointed[key] = (weakref.ref(parameter, lambda _: self._pointed.pop(key, None)), parameter._version)
 
+    def distrust(self, parameter: nn.Parameter) -> None:
+        """Somebody wrote to it without a trace: what it points at is not the file's, whatever its version says."""
+        key = id(parameter)
+        self._pointed[key] = (weakref.ref(parameter, lambda _: self._pointed.pop(key, None)), -1)
+
     def is_true(self, parameter: nn.Parameter) -> bool:
         """Whether nobody has written to it since it pointed here; one that was made over the mapping counts from its making."""
         known = self._pointed.get(id(parameter))
@@ -103,15 +117,15 @@ class WeightFile:
     def read(self, into: torch.Tensor, offset: int) -> None:
         """Fill `into` (uint8, dense, on the host) with the bytes from `offset` on. WeightsChanged, OSError."""
         began = time.perf_counter()
-        if self._look() != self._looked:
-            raise WeightsChanged(f"{self.path.name} was changed while it was in use")
+        if self.changed:
+            raise WeightsChanged(CHANGED)
         nbytes = into.numel()
         target = memoryview((ctypes.c_char * nbytes).from_address(into.data_ptr())).cast("B")
         done = 0
         while done < nbytes:
             found = self._read_some(target[done:], offset + done)
             if not found:
-                raise WeightsChanged(f"{self.path.name} is shorter than it was")
+                raise WeightsChanged(CHANGED)
             done += found
         with self._lock:
             self.read_bytes += nbytes

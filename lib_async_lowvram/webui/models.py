@@ -126,9 +126,11 @@ class ManagedModels:
 
     def close(self) -> None:
         """Give everything back and close the mover."""
-        self.keep_on_disk(False)
         try:
-            self.release_all()
+            try:
+                self.keep_on_disk(False)
+            finally:
+                self.release_all()  # whatever became of the weights on disk
         finally:
             if self.mover is not None:
                 self.mover.close()

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from lib_async_lowvram.device.dense import as_bytes, packable
-from lib_async_lowvram.device.weight_file import WeightFile
+from lib_async_lowvram.device.weight_file import CHANGED, WeightFile
 from lib_async_lowvram.log import logger
 from lib_async_lowvram.mover import AsyncModelMover
 from lib_async_lowvram.safetensors_header import HeaderError, TensorInfo, read_header
@@ -68,6 +68,8 @@ class WeightsOnDisk:
                 touched = True
                 del self._kept[model]
                 if known.file is not None:
+                    if known.file.changed:
+                        logger.warning("%s", CHANGED)
                     _back_to_memory(model, known.file)
             elif wanted and (known is None or known.checkpoint != checkpoint):
                 mover.drain()

@@ -79,7 +79,7 @@ _OPTIONS: dict[str, tuple[str, str, dict[str, Any], Any, str]] = {
         False,
         "frees the main memory of weights that are in a .safetensors checkpoint as they are used, and reads them from there at every step, "
         "ahead of their use; for machines with little RAM and a fast disk; weights that were converted, or that a LoRA changes, stay in "
-        "memory; applies to the next job",
+        "memory; do not overwrite the checkpoint meanwhile; applies to the next job",
     ),
     ALWAYS_WRITE_BACK: (
         "Always write weights back",
@@ -136,8 +136,13 @@ class SettingsReader:
         return self._yes(PREVIEWS)
 
     def on_disk(self) -> bool:
-        """Whether weights are to stay in their checkpoint."""
-        return self._yes(ON_DISK)
+        """Whether weights are to stay in their checkpoint. Not together with "Always write weights back": that is for changes that leave
+        no trace, and what is read from the file instead would lose them."""
+        wanted = self._yes(ON_DISK)
+        if wanted and self._yes(ALWAYS_WRITE_BACK):
+            self._tell("weights stay in main memory: \"Always write weights back\" is on; switch it off to keep them on disk")
+            return False
+        return wanted
 
     def full_previews(self, values: Mapping[str, Any]) -> bool:
         """Whether the VAE itself decodes previews there: the host's own options say so."""

@@ -59,6 +59,12 @@ def test_always_write_back(value, meant, said):
     assert read.config() == OffloadConfig(always_write_back=not meant)
 
 
+def test_on_disk_is_not_for_changes_that_leave_no_trace(said):
+    assert not reader({}).on_disk() and reader({ON_DISK: True}).on_disk()
+    assert not reader({ON_DISK: True, ALWAYS_WRITE_BACK: True}).on_disk()
+    assert "switch it off to keep them on disk" in said()
+
+
 FULL = {"show_progress_type": "Full", "live_preview_allow_lowvram_full": True}
 
 
