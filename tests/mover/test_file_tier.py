@@ -12,10 +12,11 @@ from torch import nn
 
 from lib_async_lowvram import AsyncModelMover, OffloadConfig
 from lib_async_lowvram.device.recorder import RecordingStreams
-from lib_async_lowvram.device.streams import Streams, align
+from lib_async_lowvram.device.simulated import SimulatedStreams
+from lib_async_lowvram.device.streams import Event, Stream, Streams, align
 from lib_async_lowvram.device.weight_file import WeightsChanged
 from lib_async_lowvram.shadow import Shadow
-from tests.mover.chains import LEAF_BYTES, Chain, Leaf, call, handed_over, pair, recorded, same, simulated
+from tests.mover.chains import LEAF_BYTES, Chain, Leaf, X, call, handed_over, judged, pair, recorded, same, simulated
 from tests.mover.trees import put_in_file
 
 RING = 2 * LEAF_BYTES
@@ -189,6 +190,82 @@ def test_an_error_in_the_middle_of_a_changed_pass(streams: Streams, tmp_path: Pa
             call(each, streams) if each is rig.net else each(torch.ones(1, 8))
     rig.passes()
     judged_well(rig)
+
+
+@pytest.mark.parametrize("place", range(6))
+@pytest.mark.parametrize("gradients", [False, True])
+def test_changed_while_regions_move(streams: Streams, tmp_path: Path, place: int, gradients: bool) -> None:
+    """In the very first pass, or in one with gradients."""
+    rig = Rig(streams, tmp_path / "weights")
+    if gradients:
+        rig.passes(2)
+    for each in (rig.net, rig.twin):
+        each.leaves[place].inside = lambda leaf: leaf.weight.mul_(0.5)
+    with torch.no_grad():
+        expected = rig.twin(X)
+    with judged(streams), torch.set_grad_enabled(gradients):
+        assert torch.equal(rig.net(X), expected)
+    rig.passes(2)
+    assert judged_well(rig)["file_bytes"] == rig.weight_bytes - LEAF_BYTES - align(4)
+
+
+@pytest.mark.parametrize("place", range(6))
+@pytest.mark.parametrize("budget", [1, 5 * LEAF_BYTES])
+def test_changed_before_our_own_work_failed(tmp_path: Path, place: int, budget: int) -> None:
+    """What was written on the device comes home to memory of its own, from a unit in use as from a resident."""
+    rig = Rig(simulated(), tmp_path / "weights", budget)
+    rig.passes()
+    network = rig.mover._networks["net"]
+
+    def change_and_fail(leaf: Leaf) -> None:
+        leaf.weight.mul_(0.5)
+        error = torch.cuda.OutOfMemoryError("CUDA out of memory")
+        with network.context.lock:  # as the hook of the next leaf would, whatever the plan
+            network.met(error, goes_on=True, module=leaf)
+        raise error
+
+    rig.net.leaves[place].inside = change_and_fail
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        call(rig.net, rig.streams)
+    assert torch.equal(rig.net.leaves[place].weight, rig.twin.leaves[place].weight * 0.5)
+    assert rig.streams.allocated_bytes == 0 and rig.mover.status()["file_bytes"] == rig.weight_bytes - LEAF_BYTES - align(4)
+    rig.twin.leaves[place].weight.data.mul_(0.5)
+    rig.passes(2)
+
+
+class LoggingStreams(SimulatedStreams):
+    """Writes down copies to the device, and what the host waited for."""
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__(**settings)
+        self.pending: list[object] = []  # events after copies from memory that is not pinned
+        self.late = 0
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
+        super().copy(destination, source, stream)
+        if stream is self.onload_stream and source.numel() >= LEAF_BYTES and not self.is_pinned(source.data_ptr(), source.numel()):
+            self.late += len(self.pending)
+            self.pending.append(None)
+
+    def record(self, stream: Stream, *, timing: bool = False) -> Event:
+        event = super().record(stream, timing=timing)
+        if stream is self.onload_stream:
+            self.pending = [event if each is None else each for each in self.pending]
+        return event
+
+    def synchronize(self, event: Event) -> None:
+        super().synchronize(event)
+        self.pending = [each for each in self.pending if each is not event]
+
+
+def test_what_is_read_for_one_copy_lives_until_that_is_done(tmp_path: Path) -> None:
+    """`Streams.copy` leaves that to the caller; no device that runs here would show it."""
+    streams = simulated(LoggingStreams)
+    streams.pin = lambda address, nbytes: False
+    rig = Rig(streams, tmp_path / "weights")
+    rig.passes(3)
+    assert rig.mover.status()["staging_bytes"] == 0 and rig.mover.status()["streamed_bytes"] > 0
+    assert streams.late == 0 and not streams.pending
 
 
 def test_without_a_ring(tmp_path: Path) -> None:
