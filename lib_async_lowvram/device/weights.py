@@ -31,7 +31,7 @@ from lib_async_lowvram.device.entries import LAYOUT, NONE, VALUES, Change, Entry
 from lib_async_lowvram.device.host_memory import HostMemory
 from lib_async_lowvram.device.staging import Staged
 from lib_async_lowvram.device.streams import Event, align
-from lib_async_lowvram.device.weight_file import FileMaster, master_in_file
+from lib_async_lowvram.device.weight_file import CHANGED, FileMaster, WeightsChanged, master_in_file
 
 
 class Unit:
@@ -144,9 +144,15 @@ class Unit:
 
     def leave_file(self) -> None:
         """The bytes are no longer the file's: have a master in main memory. Parameters that point at the file move there with what was
-        written to them; those that point at the device are left alone, and their bytes are the caller's to copy."""
+        written to them; those that point at the device are left alone, and their bytes are the caller's to copy. `WeightsChanged`."""
         if self.in_file is None:
             return
+        if self.in_file.file.changed:
+            # What somebody wrote since is whole; the rest would be read from what the file holds now.
+            for parameter, entry in self.held() or ():
+                at_home = parameter is not None and entry.looks_like(parameter, entry.master_ptr)
+                if at_home and parameter._version == entry.version:
+                    raise WeightsChanged(CHANGED)
         with torch.inference_mode(False), torch.no_grad():
             master = self._host.allocate(self.nbytes)
             for ref, _count, _absent, mine in self._parts:

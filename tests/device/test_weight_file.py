@@ -191,3 +191,20 @@ def test_another_tensor_put_there(unit) -> None:
     assert found.host_change() is Change.LAYOUT
     found.pack()
     assert found.in_file is None and leaf.weight.eq(1).all()
+
+
+def test_a_file_that_changed_is_no_source_for_memory_either(unit, file: WeightFile) -> None:
+    """A copy from it failed, say, and is to be made again: not from what the file holds now. What was written since is whole."""
+    leaf, found, host = unit
+    status = os.stat(file.path)
+    os.utime(file.path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    found.dirty = True
+    for _ in range(2):
+        with pytest.raises(WeightsChanged, match="load another checkpoint"):
+            found.accept_versions()
+    assert found.in_file is not None and host.host_bytes == 0
+    with torch.no_grad():
+        leaf.weight.fill_(1)
+        leaf.bias.fill_(2)
+    found.accept_versions()
+    assert found.in_file is None and leaf.weight.eq(1).all() and leaf.bias.eq(2).all()
