@@ -21,6 +21,7 @@ from lib_async_lowvram.device.streams import Streams
 from lib_async_lowvram.measured import Measured
 from lib_async_lowvram.peaks import Peaks
 from lib_async_lowvram.pinning import Pinning
+from lib_async_lowvram.timeline import Timeline
 
 STEP = 32 << 20
 """Bytes. The automatic budget is rounded down to it, so that a few bytes more or less do not make another plan."""
@@ -38,6 +39,7 @@ class Context:
             free, for hosts whose results depend on that.
         trace: where spans of computing and stalls go; None = nowhere.
         turn: of the lock; notified when a pass ends.
+        timeline: the newest pass that was timed, for people.
         stager, pinning: how masters travel that are not pinned, and which are.
         gone: what networks had counted that are attached no longer (models that were thrown away).
     """
@@ -57,12 +59,14 @@ class Context:
     peaks: Peaks = field(init=False)
     turn: threading.Condition = field(init=False)
     stager: Stager = field(init=False)
+    timeline: Timeline = field(init=False)
     pinning: Pinning = field(init=False)
 
     def __post_init__(self) -> None:
         self.peaks = Peaks(self.streams)
         self.turn = threading.Condition(self.lock)
         self.stager = Stager(self.streams, self.host)
+        self.timeline = Timeline(self.streams)
         self.pinning = Pinning(self.host, self.stager, owns=not self.shares_masters)
 
     def note_activations(self, key: Key) -> None:

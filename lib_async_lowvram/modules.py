@@ -37,6 +37,7 @@ class ModuleTree:
 
     def __init__(self, spec: NetworkSpec) -> None:
         self.regions = [weakref.ref(region.module) for region in spec.regions]
+        self.region_names = _names(spec)
         self.triggers = [weakref.ref(region.trigger or region.module) for region in spec.regions]
         self.roots = [weakref.ref(module) for module in spec.roots]
         self.span = weakref.ref(spec.span) if spec.span is not None else None
@@ -67,7 +68,7 @@ class ModuleTree:
         tree = Tree([], {}, {}, {})
         for number, ref in enumerate(self.regions):
             if (top := ref()) is not None:
-                self._walk(tree, top, f"[{number}]", number)
+                self._walk(tree, top, self.region_names[number], number)
         for ref in self.roots:
             if (top := ref()) is not None:
                 self._walk(tree, top, "", None)
@@ -92,3 +93,9 @@ class ModuleTree:
                 if child is not None:
                     stack.append((child, f"{name}.{child_name}".lstrip("."), key))
         return None
+
+
+def _names(spec: NetworkSpec) -> list[str]:
+    """Of each region, as the span knows it: "" for the span itself, its number for one that is nowhere in it."""
+    inside = {id(module): name for name, module in spec.span.named_modules()} if spec.span is not None else {}
+    return [region.name or inside.get(id(region.module), f"[{number}]") for number, region in enumerate(spec.regions)]

@@ -18,17 +18,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
-from lib_async_lowvram.activations import Activations
 from lib_async_lowvram.backups import Backups
 from lib_async_lowvram.claims import refuse_claimed
 from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.context import Context
-from lib_async_lowvram.core.stats import Trace
 from lib_async_lowvram.device.address_ranges import HostRanges
 from lib_async_lowvram.device.choose import open_streams
 from lib_async_lowvram.device.heap import trim_heap
@@ -36,16 +33,15 @@ from lib_async_lowvram.device.host_memory import Borrower, HostMemory
 from lib_async_lowvram.device.placement import PlacementChecker
 from lib_async_lowvram.device.streams import Streams
 from lib_async_lowvram.log import logger
-from lib_async_lowvram.measured import Measured
+from lib_async_lowvram.looking import Looking
 from lib_async_lowvram.network import Network
 from lib_async_lowvram.network_spec import NetworkSpec
 from lib_async_lowvram.shadow import masters_of
 from lib_async_lowvram.shedding import shed
-from lib_async_lowvram.status import describe
 from lib_async_lowvram.turns import Turns
 
 
-class AsyncModelMover:
+class AsyncModelMover(Looking):
     """Moves the weights of attached networks to the device while it computes.
 
     Attributes:
@@ -244,15 +240,6 @@ class AsyncModelMover:
         with self._context.lock:
             self._turns.between_passes(action)
 
-    @property
-    def in_pass(self) -> bool:
-        return self._current is not None and self._current.in_pass
-
-    @property
-    def current_network(self) -> str | None:
-        """Name of the network that has device memory, or None."""
-        return self._current.name if self._current is not None else None
-
     # -- between passes ------------------------------------------------------------------------------------------------
     def drain(self) -> None:
         """Leave the network in use: masters true, nothing in flight, device memory given back."""
@@ -309,39 +296,3 @@ class AsyncModelMover:
         """See `shadow.masters_of`."""
         with self._context.lock:
             return masters_of([self._networks[name] for name in names], self._current)
-
-    @property
-    def known(self) -> tuple[Measured, Activations]:
-        """What passes on this device have shown; may be given to another mover on the same device."""
-        return self._context.measured, self._context.activations
-
-    @known.setter
-    def known(self, known: tuple[Measured, Activations]) -> None:
-        """Before anything is attached."""
-        self._context.measured, self._context.activations = known
-
-    @property
-    def keep_free(self) -> Callable[[str, tuple | None, int], int] | None:
-        """See `Context.keep_free`."""
-        return self._context.keep_free
-
-    @keep_free.setter
-    def keep_free(self, keep_free: Callable[[str, tuple | None, int], int] | None) -> None:
-        self._context.keep_free = keep_free
-
-    # -- looking -------------------------------------------------------------------------------------------------------
-    @property
-    def trace(self) -> Trace | None:
-        """Where spans of the streams go while set."""
-        return self._context.trace
-
-    @trace.setter
-    def trace(self, trace: Trace | None) -> None:
-        self._context.trace = trace
-
-    def status(self) -> dict[str, Any]:
-        """What DESIGN.md's Status lists, and more; JSON-ready. Bytes, seconds."""
-        with self._context.lock:
-            described = describe(self._context, self._networks, self._current, self.demoted, self.last_error)
-            backups = {"backup_bytes_from_masters": self.backups.copied_bytes, "restore_bytes_spared": self.backups.spared_bytes}
-            return {**described, **backups}

@@ -19,10 +19,12 @@ class Region:
     Attributes:
         module: everything under it moves together in the learning pass.
         trigger: the module whose call announces that the region is about to run; `module` itself unless given.
+        name: for people; what the network's span calls it unless given.
     """
 
     module: nn.Module
     trigger: nn.Module | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def describe(context: Context, networks: Mapping[str, Network], current: Network
         "peak_weight_bytes": peak,
         "learning_peak_bytes": learning_peak,
         "placement_faults": context.checker.faults if context.checker is not None else None,
+        "worst_stall": context.timeline.worst_stall(),
         "network": shown.name if shown is not None else None,
         "in_use": current.name if current is not None else None,
         **sums,

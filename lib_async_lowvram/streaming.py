@@ -89,9 +89,10 @@ class Streaming:
         if not (at_end or fresh):
             self.uses.resynchronise()
         self._since_timed += 1
-        if not self._timed or self._network.planning.untimed or self._since_timed >= SAMPLED:
+        looked_at = self._context.timeline.due()
+        if looked_at or not self._timed or self._network.planning.untimed or self._since_timed >= SAMPLED:
             self._since_timed = 0
-            self._transfers.clock = LeafClock(self._streams, arriving=not self._timed)
+            self._transfers.clock = LeafClock(self._streams, arriving=not self._timed, every_copy=looked_at)
             self._transfers.clock.start()
         self.uses.issue_ahead()
 
@@ -125,6 +126,7 @@ class Streaming:
         if clock is not None and complete:
             clock.end()
             self._context.note_activations(self._network.planning.key)
+            self._context.timeline.passed(clock, self._network.name, [unit.name for unit in self._units])
             if [unit for unit in clock.units if unit in self._order] == list(self._order.sequence):
                 self._network.planning.timed(clock)
             self._timed = True

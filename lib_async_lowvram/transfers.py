@@ -8,6 +8,7 @@ Called under the mover's lock, on the thread that runs the network.
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import torch
 
@@ -52,14 +53,14 @@ class Transfers:
             # The thread reads the master itself: behind the write-back, which counts until it has waited for that.
             unit.written = written
             self._counters.staged_bytes += unit.nbytes
-            unit.copied = self._stager.submit(memory, unit.in_file or unit.master, written, self.clock.copied if timed else None)
+            unit.copied = self._stager.submit(memory, unit.in_file or unit.master, written, partial(self.clock.copied, unit.index) if timed else None)
             return
         start = streams.record(stream, timing=True) if timed else None
         source = unit.bytes_on_host()
         streams.copy(memory, source, stream)
         if timed:
             unit.copied = streams.record(stream, timing=True)
-            self.clock.copied(unit.nbytes, start, unit.copied)
+            self.clock.copied(unit.index, unit.nbytes, start, unit.copied)
         else:
             unit.copied = streams.record(stream)
         if source is not unit.master:

@@ -51,7 +51,7 @@ def vae_networks(vae: nn.Module) -> dict[str, NetworkSpec]:
     if strays or own_tensors or "encoder" not in children or "decoder" not in children:
         return {}
     return {
-        network: NetworkSpec([Region(children[name]) for name in names if name in children], span=None)
+        network: NetworkSpec([Region(children[name], name=name) for name in names if name in children], span=None)
         for network, names in _VAE_SIDES.items()
     }
 
