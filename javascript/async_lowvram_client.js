@@ -98,8 +98,11 @@ window.asyncLowvram = window.asyncLowvram || {};
             resume() {
                 if (!timer && !inFlight) later();
             },
-            get idle() {
-                return timer === null && inFlight === null;
+            get asking() {
+                return inFlight !== null;
+            },
+            get waiting() {
+                return timer !== null;
             },
         };
     }
@@ -173,9 +176,15 @@ window.asyncLowvram = window.asyncLowvram || {};
                 const did = start ? answer.ok && answer.json.started === true : answer.status >= 200 && answer.status < 300;
                 return {ok: did, reason: told, code: answer.status};
             },
-            /** Nothing asked and no timer: for tests. */
-            get idle() {
-                return statusAsker.idle && timelineAsker.idle;
+            /** For tests: whether somebody can see it, something is on its way, a timer runs. */
+            get sight() {
+                return sight;
+            },
+            get asking() {
+                return statusAsker.asking || timelineAsker.asking;
+            },
+            get waiting() {
+                return statusAsker.waiting || timelineAsker.waiting;
             },
         };
     };

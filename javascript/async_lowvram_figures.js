@@ -97,7 +97,7 @@ window.asyncLowvram = window.asyncLowvram || {};
         }
         if (ours.positive(status.schedule_efficiency)) rows[1].note = t("{percent} reached", {percent: ours.percent(status.schedule_efficiency)});
         if (ours.positive(status.efficiency)) rows[2].note = t("{percent} reached", {percent: ours.percent(status.efficiency)});
-        if (rows[3].seconds && mine) rows[3].note = t("{times} times as long", {times: ours.times(rows[3].seconds / mine)});
+        if (rows[3].seconds && mine) rows[3].note = t("{times} times", {times: ours.times(rows[3].seconds / mine)});
         else if (!rows[3].seconds) rows[3].note = t("“Try it” measures it");
         return rows;
     };
@@ -108,16 +108,16 @@ window.asyncLowvram = window.asyncLowvram || {};
         const row = (id, label, text) => rows.push({id, label, text});
         const measured = ours.positive(status.pass_seconds);
         row("stall", t("GPU waits per step"), measured ? seconds(status.stall_seconds) : UNKNOWN);
-        const worst = status.worst_stall;
-        row("worst", t("Longest wait"), worst && known(worst.seconds) ? `${seconds(worst.seconds)} · ${worst.unit}` : UNKNOWN);
         const bound = {copy: t("copies"), compute: t("computing")}[status.bound];
         row("bound", t("Held up by"), bound || UNKNOWN);
+        const worst = status.worst_stall;
+        row("worst", t("Longest wait"), worst && known(worst.seconds) ? `${seconds(worst.seconds)} · ${worst.unit}` : UNKNOWN);
         row("streamed", t("Weights moved per step"), ours.positive(status.streamed_bytes_per_pass) ? bytes(status.streamed_bytes_per_pass) : UNKNOWN);
         row("rate", t("Rate achieved"), achieved(status));
         row("host", t("Weights in main memory"), ours.positive(status.host_bytes) ? bytes(status.host_bytes) : UNKNOWN);
         const pinned = known(status.pinned_bytes) ? bytes(status.pinned_bytes) : UNKNOWN;
         const most = ours.positive(status.pinned_limit_bytes) ? bytes(status.pinned_limit_bytes) : UNKNOWN;
-        row("pinned", t("of it pinned"), pinned === UNKNOWN && most === UNKNOWN ? UNKNOWN : t("{size} of at most {most}", {size: pinned, most}));
+        row("pinned", t("Pinned memory"), pinned === UNKNOWN && most === UNKNOWN ? UNKNOWN : t("{size} of at most {most}", {size: pinned, most}));
         if (status.disk && known(status.disk.read_bytes)) {
             const speed = ours.positive(status.disk.bytes_per_s) ? ` · ${rate(status.disk.bytes_per_s)}` : "";
             row("disk", t("Read from disk"), bytes(status.disk.read_bytes) + speed);

@@ -18,8 +18,13 @@ window.asyncLowvram = window.asyncLowvram || {};
         const toggle = h("button", {type: "button", className: "alv-toggle", "aria-expanded": "false", "aria-controls": "async_lowvram_body"},
             [h("span", {}, [t("Details")]), h("span", {className: "alv-chevron", "aria-hidden": "true"})]);
         const line = h("div", {className: "alv-line"}, [
-            h("span", {className: "alv-dot", "aria-hidden": "true"}), h("b", {className: "alv-name"}, ["Async LowVRAM"]), state,
-            h("span", {className: "alv-figures"}, Object.values(figures)), toggle,
+            h("span", {className: "alv-words"}, [
+                h("span", {className: "alv-said-now"}, [
+                    h("span", {className: "alv-dot", "aria-hidden": "true"}), h("b", {className: "alv-name"}, ["Async LowVRAM"]), state,
+                ]),
+                h("span", {className: "alv-figures"}, Object.values(figures)),
+            ]),
+            toggle,
         ]);
         const notice = h("p", {className: "alv-notice", role: "status", hidden: true});
 
@@ -29,7 +34,7 @@ window.asyncLowvram = window.asyncLowvram || {};
         const vram = ours.vramSection(), passes = ours.passSection(), facts = ours.factSection();
         const advice = ours.adviceSection(), messages = ours.messageSection();
         const working = [vram, passes, facts]; // shown while it works; the others whenever they have something
-        const buttons = h("div", {className: "alv-buttons"}, [trial.buttons, report.buttons]);
+        const buttons = h("div", {className: "alv-buttons"}, [...trial.buttons, ...report.buttons, trial.hint]);
         const body = h("div", {className: "alv-body", id: "async_lowvram_body", hidden: true}, [
             advice.root, h("div", {className: "alv-columns"}, [vram.root, passes.root]), facts.root, timeline.root,
             buttons, trial.root, report.root, messages.root,

@@ -61,13 +61,13 @@ window.asyncLowvram = window.asyncLowvram || {};
         })];
         if (stalls.length) {
             const longest = stalls.reduce((a, b) => (b.end - b.start > a.end - a.start ? b : a));
-            parts.push(t("{n} stalls, longest {time} at {name}", {
-                n: stalls.length, time: ours.seconds(longest.end - longest.start), name: longest.name || ours.UNKNOWN,
-            }));
+            const words = {n: stalls.length, time: ours.seconds(longest.end - longest.start), name: longest.name || ours.UNKNOWN};
+            parts.push(stalls.length === 1 ? t("1 stall, {time} at {name}", words) : t("{n} stalls, longest {time} at {name}", words));
         } else {
             parts.push(t("no stalls"));
         }
-        if (read.lanes.preview.length) parts.push(t("{n} previews", {n: read.lanes.preview.length}));
+        const previews = read.lanes.preview.length;
+        if (previews) parts.push(previews === 1 ? t("1 preview") : t("{n} previews", {n: previews}));
         return parts.join(", ");
     };
 

@@ -8,13 +8,12 @@ window.asyncLowvram = window.asyncLowvram || {};
 (function(ours) {
     const h = (...given) => ours.element(...given);
 
-    /** `ask(start)` -> {ok, reason, code}. Gives {root, buttons, update(trial)}; trial null: nothing to try, all of it is hidden. */
+    /** `ask(start)` -> {ok, reason, code}. Gives {root, buttons, hint, update(trial)}; trial null: nothing to try, all of it is hidden. */
     ours.makeTrial = function(ask) {
         const {t} = ours;
         const start = h("button", {type: "button", className: "alv-button", "data-do": "try"}, [t("Try it")]);
         const stop = h("button", {type: "button", className: "alv-button", "data-do": "stop", hidden: true}, [t("Stop the trial")]);
         const hint = h("span", {className: "alv-quiet"}, [t("stock and async in turn, about ten seconds, in the queue like any job")]);
-        const buttons = h("span", {className: "alv-trial-buttons"}, [start, stop, hint]);
         const words = h("p", {className: "alv-trial-state", role: "status"});
         const progress = h("div", {className: "alv-progress", role: "progressbar", "aria-label": t("Trial"), "aria-valuemin": "0", "aria-valuemax": "100"},
             [h("span", {})]);
@@ -62,12 +61,11 @@ window.asyncLowvram = window.asyncLowvram || {};
         let drawn = "";
         function update(trial) {
             shown = trial;
-            ours.show(buttons, Boolean(trial));
             const state = (trial && trial.state) || "idle", runs = state === "waiting" || state === "running";
             const focus = document.activeElement;
-            ours.show(stop, runs);
-            ours.show(start, !runs);
-            ours.show(hint, !runs);
+            ours.show(stop, Boolean(trial) && runs);
+            ours.show(start, Boolean(trial) && !runs);
+            ours.show(hint, Boolean(trial) && !runs);
             if (runs && focus === start) stop.focus();
             if (!runs && focus === stop) start.focus();
             const share = trial && ours.known(trial.progress) ? Math.max(0, Math.min(1, trial.progress)) : 0;
@@ -88,6 +86,6 @@ window.asyncLowvram = window.asyncLowvram || {};
             drawn = now;
             ours.show(root, Boolean(trial) && (runs || Boolean(result) || !words.hidden));
         }
-        return {root, buttons, update};
+        return {root, buttons: [start, stop], hint, update};
     };
 })(window.asyncLowvram);
