@@ -199,6 +199,8 @@ class Contents:
         members = [module for ref in unit.members if (module := ref()) is not None]
         loose = any(not packable(each) for module in members for each in module._parameters.values() if each is not None)
         self.resized = self.resized or loose or unit.nbytes != before
+        if loose or unit.nbytes > before:
+            self._context.ahead.give_up()  # whatever is fetched for another network, this one may need the room now
         entered = self._loose
         if loose and entered is not None:
             self.guard_loose(entered, False)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lib_async_lowvram.activations import Activations, Key
+from lib_async_lowvram.ahead import Ahead
 from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.core.stats import Counters, Trace
 from lib_async_lowvram.device.address_ranges import HostRanges
@@ -41,6 +42,7 @@ class Context:
         turn: of the lock; notified when a pass ends.
         timeline: the newest pass that was timed, for people.
         stager, pinning: how masters travel that are not pinned, and which are.
+        ahead: what is fetched for the network that comes next.
         gone: what networks had counted that are attached no longer (models that were thrown away).
     """
 
@@ -52,6 +54,7 @@ class Context:
     trace: Trace | None = None
     shares_masters: bool = False
     gone: Counters = field(default_factory=Counters)
+    ahead: Ahead = field(default_factory=Ahead)
     measured: Measured = field(default_factory=Measured)
     activations: Activations = field(default_factory=Activations)
     keep_free: Callable[[str, tuple | None, int], int] | None = None

@@ -110,11 +110,16 @@ class AsyncModelMover(Looking):
             for name in list(self._networks) if names is None else list(names):
                 network = self._networks.pop(name, None)
                 if network is not None:
-                    if network is self._current:
-                        self._leave()
+                    self._leave_if_concerned(network)
                     network.detach()
 
         self._between_passes(now)
+
+    def _leave_if_concerned(self, network: Network) -> None:
+        if network is self._current:
+            self._leave()
+        elif self._context.ahead.concerns(network):
+            self._context.ahead.drop()
 
     @property
     def is_attached(self) -> bool:
@@ -129,8 +134,7 @@ class AsyncModelMover(Looking):
         dead = [name for name, network in self._networks.items() if not network.contents.alive]
         for name in dead:
             network = self._networks.pop(name)
-            if network is self._current:
-                self._leave()
+            self._leave_if_concerned(network)
             network.detach()
         return dead
 
@@ -181,6 +185,15 @@ class AsyncModelMover(Looking):
                     network.prepare()
                 self._heed()
 
+    def expect(self, name: str) -> None:
+        """The network of that name comes next, as far as the caller knows: as the pass that is open ends, or else the next one that any
+        network runs, its residents are fetched as far as the budget has room for them (see `ahead`). Nothing where it is in use
+        already, has not learned, or is unknown."""
+        with self._context.lock:
+            network = self._networks.get(name)
+            if network is not None and network is not self._current:
+                self._context.ahead.expect(network)
+
     @contextmanager
     def holding(self, module: nn.Module) -> Iterator[None]:
         """The caller runs `module`, a part of the network in use, several times in a row: weights used inside stay on the device until
@@ -208,6 +221,7 @@ class AsyncModelMover(Looking):
         if self._context.config is not self.config:
             self._apply_config()
         if self._current is not network:
+            self._context.ahead.hand_over(network)
             if self._current is not None:
                 self._current.leave()
             self._current = network
@@ -218,6 +232,7 @@ class AsyncModelMover(Looking):
     def _apply_config(self) -> None:
         """Between two passes: the new configuration counts from here on."""
         before, self._context.config = self._context.config, self.config
+        self._context.ahead.drop()
         for network in self._networks.values():
             network.planning.stale = True
         if self.config.pinned_limit_bytes != before.pinned_limit_bytes:
@@ -225,10 +240,11 @@ class AsyncModelMover(Looking):
                 self._current.leave()  # nothing may be in flight while memory is unpinned
             self._context.pinning.change_limit(self.config.pinned_limit_bytes)
 
-    def ended(self) -> None:
+    def ended(self, complete: bool) -> None:
         """See `network.Passes`."""
         self._turns.ended()
         self._heed()
+        self._context.ahead.pass_ended(self._current, complete)
 
     def _heed(self) -> None:
         """No pass is open: give way to stock where a network turned out to be slower, or wrong."""
@@ -241,16 +257,20 @@ class AsyncModelMover(Looking):
             self._turns.between_passes(action)
 
     # -- between passes ------------------------------------------------------------------------------------------------
-    def drain(self) -> None:
-        """Leave the network in use: masters true, nothing in flight, device memory given back."""
+    def drain(self, for_network: str | None = None) -> None:
+        """Leave the network in use: masters true, nothing in flight, device memory given back. `for_network`: is the one that runs next;
+        what was fetched for it stays, and may be under way still."""
 
         def now() -> None:
-            self._leave()
+            self._leave(for_network)
             self._heed()
 
         self._between_passes(now)
 
-    def _leave(self) -> None:
+    def _leave(self, for_network: str | None = None) -> None:
+        ahead = self._context.ahead
+        if for_network is None or not ahead.concerns(self._networks.get(for_network)):
+            ahead.drop()
         if self._current is not None:
             network, self._current = self._current, None
             network.leave()

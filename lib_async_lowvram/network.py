@@ -44,7 +44,7 @@ class Network:
 
     Attributes:
         contents: its modules and units. order: what it follows. planning: what it learned, and its plan.
-        kept: what the learning pass left on the device for the next one.
+        kept: what the learning pass left on the device for the next one, or was fetched ahead of it.
         calls: what the hooks tell of it. open_ended: its passes have no end of their own.
         streaming: what holds device memory, or None. regions: of a pass that moves regions, or None.
         left_standing: of one that is over, for a `backward` that may come yet, or None.
@@ -144,6 +144,7 @@ class Network:
             self._begin_streaming()
 
     def _begin_moving_regions(self, observe: bool = True) -> None:
+        self.context.ahead.give_up()
         self._give_back()
         self.hooks.observe(True)
         self.context.peaks.learning(True)
@@ -154,9 +155,11 @@ class Network:
         self.hooks.observe(False)
         if self.planning.stale or self.contents.resized:
             self._give_back()
+        self.context.ahead.heed_budget(self)
         with self.judged(False):
             self._enter()
             self.streaming.begin_pass()
+            self.context.ahead.pass_begun(self)
         self._clock.begin()
 
     @property
@@ -178,7 +181,7 @@ class Network:
             return
         with self.guarded():
             self._end_pass(complete, leaving)
-        self._passes.ended()
+        self._passes.ended(complete and not leaving)
 
     def _end_pass(self, complete: bool, leaving: bool) -> None:
         if self.context.checker is not None:
@@ -235,6 +238,7 @@ class Network:
         if self.streaming is not None:
             return
         self._clear_standing()
+        self.context.ahead.give_up()  # for another one: what was for this one was handed over
         self._make_plan(self.context.budget(self.planning.key))
         try:
             self.streaming = Streaming(self)
@@ -280,6 +284,7 @@ class Network:
                 self.streaming.close()
             self.streaming = None
             self.hooks.units_on()
+        self.kept.settle()
 
     def _clear_standing(self) -> None:
         if self.left_standing is not None:

@@ -27,5 +27,5 @@ class Passes(Protocol):
     def take_over(self, network: Network) -> None:
         """It starts now: whatever else is in use is left."""
 
-    def ended(self) -> None:
-        """It is over: what other threads asked for meanwhile is done now."""
+    def ended(self, complete: bool) -> None:
+        """It is over: what other threads asked for meanwhile is done now. `complete`: not cut short, nor about to be left."""

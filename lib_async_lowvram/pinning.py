@@ -111,6 +111,11 @@ class Pinning:
         if self._stager.refused:
             self._pin(self._units())  # what gave way did so for nothing
 
+    def can_stage(self, units: Iterable[Unit]) -> bool:
+        """Whether there is a ring that `make_ready` would leave as it is for these units."""
+        waiting = list(self.unpinned(units))
+        return bool(waiting and self._owns and 0 < self._wanted(waiting) <= self._stager.ring_bytes)
+
     def _make_room(self, nbytes: int) -> None:
         """Unpin masters that nobody copies from: as few as give `nbytes` back, and as little beyond that as they can."""
         idle = [unit for unit in self._units() if unit.nbytes and unit.in_file is None and not unit.borrowed and not in_flight(unit)]

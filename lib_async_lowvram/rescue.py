@@ -83,6 +83,7 @@ def abandon(network: Network) -> list[str]:
         for block, fences in blocks:
             attempt("giving memory back", lambda block=block, fences=fences: streams.free(block, fences))
         attempt("giving back what was kept", lambda: network.kept.reduce_to(()))
+        attempt("giving back what was fetched for others", network.context.ahead.drop)
         attempt("taking hooks off", network.hooks.units_off)
     network.context.peaks.learning(False)
     problems = [problem for problem in problems if problem]

@@ -15,12 +15,26 @@ from typing import TYPE_CHECKING
 
 from lib_async_lowvram.core.states import UnitState
 from lib_async_lowvram.device.arena import Arena
+from lib_async_lowvram.device.staging import last_of
 from lib_async_lowvram.device.streams import Event
 from lib_async_lowvram.device.weights import Change, Unit
 from lib_async_lowvram.transfers import Transfers
 
 if TYPE_CHECKING:
     from lib_async_lowvram.network import Network
+
+
+def place_of(network: Network, unit: Unit) -> int:
+    """Place of the unit's first firing in the learned pass; after all others when it did not fire."""
+    learned = network.learned
+    return learned.first.get(unit.index, len(learned.steps))
+
+
+def in_firing_order(network: Network) -> list[Unit]:
+    """The residents of its plan: those nobody announces first, then as they fire."""
+    announced = network.contents.announced
+    units = (network.contents.units[index] for index in network.plan.resident)
+    return sorted(units, key=lambda unit: (unit.index in announced, place_of(network, unit), unit.index))
 
 
 class Residents:
@@ -32,10 +46,7 @@ class Residents:
         self._arena = arena
         self._transfers = transfers
         self._streams = network.context.streams
-        units = [network.contents.units[index] for index in network.plan.resident]
-        # Those nobody announces first, then as they fire.
-        units.sort(key=lambda unit: (self._announced(unit), self.place(unit), unit.index))
-        self.expected = deque(units)
+        self.expected = deque(in_firing_order(network))
         """Those that have not been onloaded yet, in the order in which they will be."""
         self._arrived: list[Unit] = []
         while self.expected and not self._announced(self.expected[0]):
@@ -45,9 +56,8 @@ class Residents:
         return unit.index in self._contents.announced
 
     def place(self, unit: Unit) -> int:
-        """Place of the unit's first firing in the learned pass; after all others when it did not fire."""
-        learned = self._network.learned
-        return learned.first.get(unit.index, len(learned.steps))
+        """See `place_of`."""
+        return place_of(self._network, unit)
 
     def onload_before(self, unit: Unit) -> None:
         """Onload those that fire before `unit`."""
@@ -63,18 +73,25 @@ class Residents:
         self.expected.remove(unit)
         if unit.state is UnitState.WRITE_BACK:
             unit.to(UnitState.HOST)  # changed in the pass it streamed for the last time; the copy stream waits for that
-        unchanged = self._contents.true_up(unit)
+        self._contents.true_up(unit)
         kept = self._network.kept.take(unit)
+        true = kept is not None and kept.is_true(unit)
+        if kept is not None and not true:
+            used = last_of(kept.used, self._streams)  # the learning pass may read it still, or a copy be on its way there
+            if kept.memory.numel() < unit.nbytes:
+                self._streams.free(kept.memory, (used,))
+                kept = None
+            else:
+                self._streams.wait(self._streams.onload_stream, used)
         if kept is not None:
-            memory, used = kept
-            self._arena.adopt(unit.index, memory)
+            self._arena.adopt(unit.index, kept.memory)
         unit.bind(self._arena.block(unit.index, unit.nbytes))
-        if kept is not None and unchanged:
+        if true:
             unit.to(UnitState.ONLOADING)
-            unit.copied = used  # the learning pass has made this copy
+            unit.copied = kept.used  # this copy was made by the learning pass, or ahead
+            if kept.arriving:
+                self._transfers.adopted(unit)
         else:
-            if kept is not None:
-                self._streams.wait(self._streams.onload_stream, used)  # the learning pass may read it still
             self._transfers.onload(unit)
         self._arrived.append(unit)
         if not self._announced(unit):

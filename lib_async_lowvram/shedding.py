@@ -7,6 +7,8 @@ room where a resident set leaves none. Whoever can repeat the pass (`webui.retry
 After `shed` the network holds nothing, and takes no more than the least budget when it is entered again - a ring for two of its
 largest units, and what cannot stream - until it is left (`Planning.most_bytes`). The values of weights are as they were.
 
+What was fetched ahead for another network (`ahead`) is given up first.
+
 Called by `AsyncModelMover.shed` under its lock, on the thread whose pass has just failed; blocks the host.
 """
 
@@ -22,18 +24,19 @@ if TYPE_CHECKING:
 
 
 def shed(network: Network) -> int:
-    """Bytes by which the network will hold less from now on than its plan said. 0 where that would be nothing - it has learned
-    nothing yet, and moves as stock does, or it keeps to the least already; then nothing is done. An error on the way is met as at
-    the end of any pass, and raised only if weights were lost by it."""
+    """Bytes by which the network will hold less from now on than its plan said, and what was given up beside it. 0 where that would be
+    nothing - it has learned nothing yet, and moves as stock does, or it keeps to the least already; then nothing else is done. An error
+    on the way is met as at the end of any pass, and raised only if weights were lost by it."""
     units, planning = network.contents.units, network.planning
+    fetched = network.context.ahead.drop()
     if planning.learned is None or planning.plan is None:
-        return 0
+        return fetched
     plan, least = planning.plan, planning.least_budget(units)
     held = plan.ring_bytes + sum(align(units[unit].nbytes) for unit in plan.resident) + planning.learned.buffer_bytes
     if held <= least:
-        return 0
+        return fetched
     network.leave()
     planning.most_bytes = least  # until it is left for good: it stays the mover's current one
     network.counters.sheds += 1
     logger.debug("%s: out of memory; %d MB are given up, and %d MB kept until it is left", network.name, held - least >> 20, least >> 20)
-    return held - least
+    return fetched + held - least

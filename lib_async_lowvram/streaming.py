@@ -104,6 +104,7 @@ class Streaming:
             before = network.plan.budget_bytes
             plan = network.planning.better(self._units, network.context.budget(network.planning.key), network.context.config)
             if plan is not None:
+                self._context.ahead.give_up()  # the new plan may want the room
                 try:
                     self._changeover.to(plan)
                 except torch.cuda.OutOfMemoryError:
@@ -163,22 +164,23 @@ class Streaming:
             unit.copied = unit.written = None
 
     def close(self) -> None:
-        """Masters true and published, nothing in flight, memory given back. Blocks the host."""
+        """Masters true and published, nothing of its own in flight, memory given back. Blocks the host."""
         streams = self._streams
         self._join()
         self.uses.finish_leftovers()
         self._residents.sweep()
-        for fence in self._slots.fences():
-            streams.wait(streams.onload_stream, fence)
-        self._context.stager.settle()
-        settled = [streams.record(streams.onload_stream), streams.record(streams.offload_stream)]
-        for event in settled:
-            streams.synchronize(event)
+        # Not for all that the onload stream was given: behind our copies there may be those for the network that comes next.
+        offload = streams.offload_stream
+        for event in (*self._slots.fences(), self._transfers.called_off(self._units)):
+            if event is not None:
+                streams.wait(offload, event)
+        settled = streams.record(offload)
+        streams.synchronize(settled)
         consumed = streams.record(streams.current_stream())
         self._units_back()
         self._leave_loose()
-        self._slots.close((consumed, *settled))
-        self.arena.close((consumed, *settled))
+        self._slots.close((consumed, settled))
+        self.arena.close((consumed, settled))
 
     # -- after an error -----------------------------------------------------------------------------------------------
     @property

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
-from lib_async_lowvram.context import Context
 from lib_async_lowvram.core.states import ONLOADING, READY, WRITE_BACK
 from lib_async_lowvram.core.stats import Counters
 from lib_async_lowvram.device.staging import Staged, last_of
 from lib_async_lowvram.device.streams import Event, Stream
 from lib_async_lowvram.device.weights import Unit
 from lib_async_lowvram.leaf_clock import LeafClock
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lib_async_lowvram.context import Context
 
 
 class Transfers:
@@ -32,6 +37,8 @@ class Transfers:
         self._streams = context.streams
         self._stager = context.stager
         self._counters = counters
+        self._newest: Event | Staged | None = None  # of the onloads made here, else of those taken over
+        self._made = False
 
     def onload(self, unit: Unit, behind: Stream | None = None) -> None:
         """Enqueue the copy of the master into the memory the unit is bound to, behind a write-back still under way, and
@@ -42,7 +49,34 @@ class Transfers:
         unit.to(ONLOADING)
         if behind is not None:
             streams.wait(stream, streams.record(behind))
-        memory = unit.memory if unit.memory.numel() == unit.nbytes else unit.memory[: unit.nbytes]
+        self._enqueue(unit, unit.memory)
+        self._newest, self._made = unit.copied, True
+
+    def fetch(self, unit: Unit, memory: torch.Tensor) -> None:
+        """The same into `memory`, for a unit of a network that is not in use: its state stays HOST, and it is bound to nothing."""
+        last_of(unit.copied, self._streams)
+        self._enqueue(unit, memory)
+
+    def adopted(self, unit: Unit) -> None:
+        """What `fetch` enqueued has become this network's onload of the unit."""
+        self._counters.adopted_ahead_bytes += unit.nbytes
+        if not self._made:
+            self._newest = unit.copied
+
+    def called_off(self, units: Iterable[Unit]) -> Event | None:
+        """Behind all onloads made here or taken over, of `units`, which are all there are: nothing more of them is enqueued. Those of
+        others, that were enqueued since then, go on. None where there were none. May block the host while a piece is being staged."""
+        staged = [unit.copied for unit in units if type(unit.copied) is Staged]
+        for copied in reversed(staged):  # what has begun last: nothing follows it
+            copied.let_go()
+        if staged or type(self._newest) is Staged:
+            return self._streams.record(self._streams.onload_stream)
+        return self._newest
+
+    def _enqueue(self, unit: Unit, memory: torch.Tensor) -> None:
+        streams = self._streams
+        stream = streams.onload_stream
+        memory = memory if memory.numel() == unit.nbytes else memory[: unit.nbytes]
         written = unit.written
         if written is not None:
             streams.wait(stream, written)
@@ -53,7 +87,8 @@ class Transfers:
             # The thread reads the master itself: behind the write-back, which counts until it has waited for that.
             unit.written = written
             self._counters.staged_bytes += unit.nbytes
-            unit.copied = self._stager.submit(memory, unit.in_file or unit.master, written, partial(self.clock.copied, unit.index) if timed else None)
+            told = partial(self.clock.copied, unit.index) if timed else None
+            unit.copied = self._stager.submit(memory, unit.in_file or unit.master, written, told)
             return
         start = streams.record(stream, timing=True) if timed else None
         source = unit.bytes_on_host()

@@ -11,7 +11,7 @@ from statistics import median
 
 COUNTED = (
     *("passes", "learning_passes", "hits", "misses", "refetches", "write_backs", "adopted", "skipped", "relearned", "replanned", "sheds"),
-    *("host_waits", "write_back_waits", "staging_waits", "staged_bytes", "streamed_bytes"),
+    *("host_waits", "write_back_waits", "staging_waits", "staged_bytes", "streamed_bytes", "fetched_ahead_bytes", "adopted_ahead_bytes"),
 )
 """The counters that only grow."""
 
@@ -31,6 +31,8 @@ class Counters:
             host waited for what had been changed and written back in them; not among the former.
         staging_waits: acquires that waited on the host for a copy through the staging ring to be enqueued (not among host_waits);
             staged_bytes: that went through it, of streamed_bytes.
+        fetched_ahead_bytes: of streamed_bytes, those enqueued while another network was in use; adopted_ahead_bytes: of these, what was
+            there, and true, when the network was entered.
         streamed_bytes_last_pass, stall_seconds_last_pass: of the last complete streamed pass.
     """
 
@@ -50,6 +52,8 @@ class Counters:
     staging_waits: int = 0
     staged_bytes: int = 0
     streamed_bytes: int = 0
+    fetched_ahead_bytes: int = 0
+    adopted_ahead_bytes: int = 0
     streamed_bytes_last_pass: int = 0
     stall_seconds: float = 0.0
     stall_seconds_last_pass: float = 0.0

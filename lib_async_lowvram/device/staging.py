@@ -126,6 +126,11 @@ class Staged:
         """Whether `event` would not wait."""
         return self.progress is Progress.OVER
 
+    @property
+    def came_to_nothing(self) -> bool:
+        """Whether it is over, and did not bring everything: it was let go of, or failed."""
+        return self.progress is Progress.OVER and self._event is None
+
     def event(self) -> Event:
         """Of the copy. Blocks the host until it is enqueued whole; raises what went wrong."""
         self._await()

@@ -45,6 +45,7 @@ class Unit:
         borrowed: the master is somebody else's, who pins and unpins it.
         shared: several leaves hold the same bytes. must_reside: it cannot stream. resident: the plan keeps it on the device.
         pending: uses within the lookahead still to come. depth: acquires not yet released.
+        accepted: grows whenever the master takes on bytes that somebody put there, or is another one.
         dirty: somebody said that it was changed. suspect: taken for changed whenever it was on the device.
     """
 
@@ -66,6 +67,7 @@ class Unit:
         self.written: Event | None = None
         self.pending = 0
         self.depth = 0
+        self.accepted = 0
         self.dirty = False
         self.suspect = False
         self._bound_to = 0
@@ -140,6 +142,7 @@ class Unit:
             self.entries = tuple(entries)
             self._parts = tuple(parts)
             self.unbind()
+            self.accepted += 1
             self.dirty = False
 
     def leave_file(self) -> None:
@@ -302,4 +305,5 @@ class Unit:
                 continue
             for entry in mine:
                 entry.version = module._parameters[entry.name]._version
+        self.accepted += 1
         self.dirty = False

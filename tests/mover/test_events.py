@@ -18,7 +18,7 @@ from torch import nn
 from lib_async_lowvram import OffloadConfig
 from lib_async_lowvram.large.chunks import in_chunks, no_hold
 from tests.mover.chains import handed_over, judged
-from tests.mover.trees import WIDTH, Attend, Case, Cast, Net
+from tests.mover.trees import WIDTH, Attend, Case, Cast, Net, build
 
 
 class Stop(BaseException):
@@ -57,6 +57,7 @@ class Play:
     def __init__(self, case: Case) -> None:
         self.case = case
         self.now = 0
+        self.next: tuple[Net, Net] | None = None  # another network on the same mover, once one was expected, and its twin
 
     def pass_(self, order: list[int] | None = None) -> None:
         self.now += 1
@@ -76,6 +77,37 @@ class Play:
     def prepare(self, chance: random.Random) -> None:
         with torch.no_grad():
             self.case.mover.prepare("net")
+
+    def expect(self, chance: random.Random) -> None:
+        """Another network is fetched while this one runs; then it is its turn, or not."""
+        case = self.case
+        if self.next is None:
+            self.next = build(case.seed + 1), build(case.seed + 1)
+            case.mover.attach({"next": self.next[0]})
+            self._next_pass()
+            self._next_pass()
+            self.pass_()
+        if chance.random() < 0.8:
+            self.pass_()  # so that it is entered
+        case.mover.expect("next")
+        inside = [lambda: self.drain_inside(chance), lambda: self.error(chance), lambda: self.interrupt(chance)]
+        how = chance.choice([self.pass_, self.pass_, self.pass_, *inside])
+        how()
+        if chance.random() < 0.4:
+            name, change_how, number = chance.choice(owners(self.next[0])), chance.choice(CHANGES), chance.randrange(4)
+            for net in self.next:
+                change(net, name, change_how, number)
+        if chance.random() < 0.2:
+            case.mover.masters(["net", "next"])
+        if chance.random() < 0.6:
+            self._next_pass()
+
+    def _next_pass(self) -> None:
+        x = torch.randn(2, 4, WIDTH)
+        with torch.no_grad():
+            expected = self.next[1](x)
+        with judged(self.case.streams):
+            assert torch.equal(self.next[0](x), expected)
 
     def configure(self, chance: random.Random) -> None:
         self.case.mover.configure(
