@@ -25,7 +25,8 @@ window.asyncLowvram = window.asyncLowvram || {};
     /** `text` with its {placeholders} filled in; one without a value stays as it is. */
     ours.fill = function(text, values) {
         if (!values) return text;
-        return text.replace(/\{(\w+)\}/g, (whole, key) => (Object.prototype.hasOwnProperty.call(values, key) ? String(values[key]) : whole));
+        const given = (key) => Object.prototype.hasOwnProperty.call(values, key);
+        return text.replace(/\{(\w+)\}/g, (whole, key) => (given(key) ? String(values[key]) : whole));
     };
 
     /** Whether `value` is a figure that is known: null, undefined, NaN and what is no number are not. */
@@ -72,8 +73,8 @@ window.asyncLowvram = window.asyncLowvram || {};
     ours.times = (ratio) => (ours.positive(ratio) ? figure(ratio, ratio < 10 ? 2 : 1) : ours.UNKNOWN);
 
     /**
-     * A new element. `attributes`: className and other properties by name, aria-* and others with a dash as attributes; `children`: elements
-     * or strings, which become text.
+     * A new element. `attributes`: className and other properties by name, aria-* and others with a dash as attributes; `children`:
+     * elements, or strings, which become text.
      */
     ours.element = function(name, attributes, children) {
         const made = document.createElement(name);

@@ -11,7 +11,8 @@ window.asyncLowvram = window.asyncLowvram || {};
     ours.stateOf = function(model) {
         const {t} = ours, status = model.status;
         if (model.problem === "missing") {
-            return {kind: "missing", text: t("Not there: this WebUI has no Async LowVRAM running. Restart it, or look at its console for why")};
+            const text = t("Not there: this WebUI has no Async LowVRAM running. Restart it, or look at its console for why");
+            return {kind: "missing", text};
         }
         if (model.problem === "unreachable") {
             const code = model.code ? ` (HTTP ${model.code})` : "";
@@ -45,12 +46,14 @@ window.asyncLowvram = window.asyncLowvram || {};
             found.push({id: "speed", text: ours.speed(status.pass_seconds), hint: t("UNet passes per second, as last measured")});
             if (ours.positive(status.stock_pass_seconds)) {
                 const times = ours.times(status.stock_pass_seconds / status.pass_seconds);
-                found.push({id: "stock", text: t("{times} times stock", {times}), hint: t("against the stock moves, as “Try it” last measured them")});
+                const hint = t("against the stock moves, as “Try it” last measured them");
+                found.push({id: "stock", text: t("{times} times stock", {times}), hint});
             }
         }
         if (ours.positive(status.efficiency)) {
             const percent = ours.percent(status.efficiency);
-            found.push({id: "limit", text: t("{percent} of the limit", {percent}), hint: t("of the fastest that this GPU and its bus allow at this budget")});
+            const hint = t("of the fastest that this GPU and its bus allow at this budget");
+            found.push({id: "limit", text: t("{percent} of the limit", {percent}), hint});
         }
         return found;
     };
@@ -85,18 +88,16 @@ window.asyncLowvram = window.asyncLowvram || {};
         const {t} = ours;
         const mine = ours.positive(status.pass_seconds) ? status.pass_seconds : null;
         const rows = [
-            {id: "pass", label: t("This pass"), seconds: mine, note: ""},
+            {id: "pass", label: t("This pass"), seconds: mine},
             {id: "best", label: t("Best schedule"), seconds: status.best_schedule_seconds},
             {id: "limit", label: t("Limit"), seconds: status.limit_seconds},
             {id: "stock", label: t("Stock"), seconds: status.stock_pass_seconds},
-        ].map((row) => ({...row, seconds: ours.positive(row.seconds) ? row.seconds : null}));
+        ].map((row) => ({...row, seconds: ours.positive(row.seconds) ? row.seconds : null, note: ""}));
         const longest = Math.max(0, ...rows.map((row) => row.seconds || 0));
-        for (const row of rows) {
-            row.share = row.seconds ? row.seconds / longest : 0;
-            if (row.note === undefined) row.note = "";
-        }
-        if (ours.positive(status.schedule_efficiency)) rows[1].note = t("{percent} reached", {percent: ours.percent(status.schedule_efficiency)});
-        if (ours.positive(status.efficiency)) rows[2].note = t("{percent} reached", {percent: ours.percent(status.efficiency)});
+        for (const row of rows) row.share = row.seconds ? row.seconds / longest : 0;
+        const reached = (share) => (ours.positive(share) ? t("{percent} reached", {percent: ours.percent(share)}) : "");
+        rows[1].note = reached(status.schedule_efficiency);
+        rows[2].note = reached(status.efficiency);
         if (rows[3].seconds && mine) rows[3].note = t("{times} times", {times: ours.times(rows[3].seconds / mine)});
         else if (!rows[3].seconds) rows[3].note = t("“Try it” measures it");
         return rows;
@@ -112,12 +113,13 @@ window.asyncLowvram = window.asyncLowvram || {};
         row("bound", t("Held up by"), bound || UNKNOWN);
         const worst = status.worst_stall;
         row("worst", t("Longest wait"), worst && known(worst.seconds) ? `${seconds(worst.seconds)} · ${worst.unit}` : UNKNOWN);
-        row("streamed", t("Weights moved per step"), ours.positive(status.streamed_bytes_per_pass) ? bytes(status.streamed_bytes_per_pass) : UNKNOWN);
+        const size = (value) => (ours.positive(value) ? bytes(value) : UNKNOWN);
+        row("streamed", t("Weights moved per step"), size(status.streamed_bytes_per_pass));
         row("rate", t("Rate achieved"), achieved(status));
-        row("host", t("Weights in main memory"), ours.positive(status.host_bytes) ? bytes(status.host_bytes) : UNKNOWN);
+        row("host", t("Weights in main memory"), size(status.host_bytes));
         const pinned = known(status.pinned_bytes) ? bytes(status.pinned_bytes) : UNKNOWN;
-        const most = ours.positive(status.pinned_limit_bytes) ? bytes(status.pinned_limit_bytes) : UNKNOWN;
-        row("pinned", t("Pinned memory"), pinned === UNKNOWN && most === UNKNOWN ? UNKNOWN : t("{size} of at most {most}", {size: pinned, most}));
+        const most = size(status.pinned_limit_bytes);
+        row("pinned", t("Pinned memory"), most === UNKNOWN ? pinned : t("{size} of at most {most}", {size: pinned, most}));
         if (status.disk && known(status.disk.read_bytes)) {
             const speed = ours.positive(status.disk.bytes_per_s) ? ` · ${rate(status.disk.bytes_per_s)}` : "";
             row("disk", t("Read from disk"), bytes(status.disk.read_bytes) + speed);
@@ -169,7 +171,8 @@ window.asyncLowvram = window.asyncLowvram || {};
         const given = status && Array.isArray(status.messages) ? status.messages.filter((one) => one && typeof one.text === "string") : [];
         return given.map((one) => {
             const level = Object.prototype.hasOwnProperty.call(words, one.level) ? one.level : "info";
-            return {level, word: words[level], text: t(one.text), at: ours.known(one.at) ? one.at : null, count: one.count > 1 ? one.count : 1};
+            const at = ours.known(one.at) ? one.at : null, count = one.count > 1 ? one.count : 1;
+            return {level, word: words[level], text: t(one.text), at, count};
         }).sort((a, b) => (b.at || 0) - (a.at || 0));
     };
 })(window.asyncLowvram);

@@ -14,9 +14,11 @@ window.asyncLowvram = window.asyncLowvram || {};
     ours.makePanel = function(client) {
         const {t} = ours;
         const state = h("span", {className: "alv-state", role: "status"});
-        const figures = Object.fromEntries(["speed", "stock", "limit"].map((id) => [id, h("span", {className: "alv-figure", "data-figure": id})]));
-        const toggle = h("button", {type: "button", className: "alv-toggle", "aria-expanded": "false", "aria-controls": "async_lowvram_body"},
-            [h("span", {}, [t("Details")]), h("span", {className: "alv-chevron", "aria-hidden": "true"})]);
+        const figure = (id) => [id, h("span", {className: "alv-figure", "data-figure": id})];
+        const figures = Object.fromEntries(["speed", "stock", "limit"].map(figure));
+        const toggle = h("button", {
+            type: "button", className: "alv-toggle", "aria-expanded": "false", "aria-controls": "async_lowvram_body",
+        }, [h("span", {}, [t("Details")]), h("span", {className: "alv-chevron", "aria-hidden": "true"})]);
         const line = h("div", {className: "alv-line"}, [
             h("span", {className: "alv-words"}, [
                 h("span", {className: "alv-said-now"}, [

@@ -12,9 +12,10 @@ window.asyncLowvram = window.asyncLowvram || {};
 
     /** The WebUI's settings that change what the mover does or how fast it is. */
     const SETTINGS = [
-        "batch_cond_uncond", "cross_attention_optimization", "upcast_attn", "fp8_storage", "cache_fp16_weight", "sd_vae_overrides_per_model_preferences",
-        "auto_vae_precision", "live_previews_enable", "show_progress_every_n_steps", "show_progress_type", "live_preview_allow_lowvram_full",
-        "sd_checkpoints_limit", "sd_checkpoints_keep_in_cpu", "token_merging_ratio", "hypertile_enable_unet", "pad_cond_uncond", "s_min_uncond",
+        "batch_cond_uncond", "pad_cond_uncond", "s_min_uncond", "cross_attention_optimization", "upcast_attn", "fp8_storage",
+        "cache_fp16_weight", "auto_vae_precision", "token_merging_ratio", "hypertile_enable_unet", "sd_checkpoints_limit",
+        "sd_checkpoints_keep_in_cpu", "live_previews_enable", "show_progress_every_n_steps", "show_progress_type",
+        "live_preview_allow_lowvram_full",
     ];
     const FOOT = ["version", "python", "torch", "xformers", "gradio"];
     const NOT_TOLD = /prompt|path|file|dir$|url|host_?name|user/i;
@@ -54,13 +55,16 @@ window.asyncLowvram = window.asyncLowvram || {};
     /** The report on `model` (async_lowvram_client.js). */
     ours.reportText = function(model) {
         const status = model.status || {}, state = ours.stateOf(model);
-        const lines = ["### Async LowVRAM report", "", `- version: ${status.version || "not known"}, schema ${status.schema || "not known"}`,
-            `- host: ${hostLine()}`, `- device: ${status.device || "not known"}`, `- state: ${state.kind}${status.reason ? `: ${status.reason}` : ""}`];
+        const or = (value) => value || "not known", reason = status.reason ? `: ${status.reason}` : "";
+        const lines = [
+            "### Async LowVRAM report", "", `- version: ${or(status.version)}, schema ${or(status.schema)}`, `- host: ${hostLine()}`,
+            `- device: ${or(status.device)}`, `- state: ${state.kind}${reason}`,
+        ];
         if (status.restart) lines.push(`- restart: ${status.restart}`);
-        lines.push(`- browser: ${navigator.userAgent}`, `- page: ${window.innerWidth}x${window.innerHeight}, ${window.devicePixelRatio} pixels each`);
+        lines.push(`- browser: ${navigator.userAgent}`, `- window: ${window.innerWidth}x${window.innerHeight} at ${window.devicePixelRatio}`);
         for (const advice of ours.advices(status, true)) lines.push(`- advice: ${advice}`);
         const options = window.opts && typeof window.opts === "object" ? window.opts : {};
-        const names = [...Object.keys(options).filter((name) => name.startsWith("async_lowvram")), ...SETTINGS.filter((name) => name in options)];
+        const names = Object.keys(options).filter((name) => name.startsWith("async_lowvram") || SETTINGS.includes(name));
         lines.push("", "#### Settings", "", "```");
         for (const name of names.sort()) if (typeof options[name] !== "object") lines.push(`${name}: ${options[name]}`);
         lines.push("```", "", "#### Messages, newest first", "", "```");
@@ -68,7 +72,8 @@ window.asyncLowvram = window.asyncLowvram || {};
             const at = one.at === null ? "" : `${new Date(one.at * 1000).toISOString()} `;
             lines.push(`${at}${one.level}: ${one.text}${one.count > 1 ? ` (${one.count} times)` : ""}`);
         }
-        const {messages, advices, advice, version, schema, reason, restart, ...figures} = status;
+        const figures = {...status};
+        for (const told of ["messages", "advices", "advice", "version", "schema", "reason", "restart"]) delete figures[told];
         lines.push("```", "", "#### Figures", "", "```");
         flatten(figures, "", lines);
         lines.push("```", "");

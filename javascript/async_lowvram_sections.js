@@ -20,12 +20,10 @@ window.asyncLowvram = window.asyncLowvram || {};
             [...Object.values(parts), mark]);
         const sizes = Object.fromEntries(ids.map((id) => [id, h("span", {className: "alv-size"})]));
         const labels = Object.fromEntries(ids.map((id) => [id, h("span", {})]));
-        const legend = h("ul", {className: "alv-legend"}, [
-            ...ids.map((id) => h("li", {}, [h("span", {className: "alv-swatch", "data-part": id, "aria-hidden": "true"}), labels[id], sizes[id]])),
-        ]);
+        const swatch = (id) => h("span", {className: "alv-swatch", "data-part": id, "aria-hidden": "true"});
+        const legend = h("ul", {className: "alv-legend"}, ids.map((id) => h("li", {}, [swatch(id), labels[id], sizes[id]])));
         const budget = h("span", {className: "alv-size"});
-        const budgetItem = h("li", {}, [h("span", {className: "alv-swatch", "data-part": "budget", "aria-hidden": "true"}),
-            h("span", {}, [t("budget for weights")]), budget]);
+        const budgetItem = h("li", {}, [swatch("budget"), h("span", {}, [t("budget for weights")]), budget]);
         legend.append(budgetItem);
         const total = h("span", {className: "alv-size"});
         const title = heading("VRAM");

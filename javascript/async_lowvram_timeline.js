@@ -25,7 +25,7 @@ window.asyncLowvram = window.asyncLowvram || {};
         const age = h("span", {className: "alv-size"});
         title.append(age);
         const picture = h("div", {className: "alv-picture"}, [labels, canvas]);
-        const nothing = h("p", {className: "alv-quiet"}, [t("No pass has been timed yet. One is while a picture is made and this is open.")]);
+        const nothing = h("p", {className: "alv-quiet"}, [t("No pass has been timed yet: make a picture while this is open.")]);
         const root = h("section", {className: "alv-section alv-timeline"}, [title, picture, readout, spoken, nothing]);
         let read = null, chosen = null, sentence = "";
 

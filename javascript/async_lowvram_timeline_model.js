@@ -11,7 +11,7 @@ window.asyncLowvram = window.asyncLowvram || {};
     ours.AXIS_PX = 20;
     const laneOf = {copy: "copy", compute: "compute", stall: "compute", preview: "preview"};
 
-    /** {lanes: {copy: [...], ...}, seconds, from, to, network, age} of usable spans in order of their start, or null where there is none. */
+    /** {lanes: {copy: [...], ...}, seconds, from, to, network, age} of usable spans in order of their start; null: there is none. */
     ours.readTimeline = function(timeline) {
         if (!timeline || !timeline.network || !ours.positive(timeline.seconds) || !Array.isArray(timeline.spans)) return null;
         const lanes = Object.fromEntries(ours.LANES.map((lane) => [lane, []]));
@@ -106,6 +106,7 @@ window.asyncLowvram = window.asyncLowvram || {};
         if (key === "Home") return spans[0];
         if (key === "End") return spans[spans.length - 1];
         const other = read.lanes[used[within(used.indexOf(lane) + (key === "ArrowDown" ? 1 : -1), used.length)]];
-        return other === spans ? chosen : other.reduce((a, b) => (Math.abs(b.start - chosen.start) < Math.abs(a.start - chosen.start) ? b : a));
+        const away = (span) => Math.abs(span.start - chosen.start);
+        return other === spans ? chosen : other.reduce((a, b) => (away(b) < away(a) ? b : a));
     };
 })(window.asyncLowvram);

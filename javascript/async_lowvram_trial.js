@@ -15,8 +15,9 @@ window.asyncLowvram = window.asyncLowvram || {};
         const stop = h("button", {type: "button", className: "alv-button", "data-do": "stop", hidden: true}, [t("Stop the trial")]);
         const hint = h("span", {className: "alv-quiet"}, [t("stock and async in turn, about ten seconds, in the queue like any job")]);
         const words = h("p", {className: "alv-trial-state", role: "status"});
-        const progress = h("div", {className: "alv-progress", role: "progressbar", "aria-label": t("Trial"), "aria-valuemin": "0", "aria-valuemax": "100"},
-            [h("span", {})]);
+        const progress = h("div", {
+            className: "alv-progress", role: "progressbar", "aria-label": t("Trial"), "aria-valuemin": "0", "aria-valuemax": "100",
+        }, [h("span", {})]);
         const body = h("tbody", {}), verdict = h("p", {className: "alv-verdict"});
         const table = h("table", {className: "alv-result"}, [h("caption", {}, [""]), h("thead", {}, [h("tr", {}, [
             h("th", {scope: "col"}, [t("Moving")]), h("th", {scope: "col"}, [t("time per pass")]), h("th", {scope: "col"}, [t("speed")]),
@@ -40,8 +41,8 @@ window.asyncLowvram = window.asyncLowvram || {};
         stop.addEventListener("click", () => press(false));
 
         function row(id, label, seconds) {
-            return h("tr", {"data-row": id}, [h("th", {scope: "row"}, [label]), h("td", {}, [ours.positive(seconds) ? ours.seconds(seconds) : ours.UNKNOWN]),
-                h("td", {}, [ours.speed(seconds)])]);
+            const time = ours.positive(seconds) ? ours.seconds(seconds) : ours.UNKNOWN;
+            return h("tr", {"data-row": id}, [h("th", {scope: "row"}, [label]), h("td", {}, [time]), h("td", {}, [ours.speed(seconds)])]);
         }
 
         function fill(result) {
