@@ -15,7 +15,7 @@ from lib_async_lowvram.core.stats import Trace
 from lib_async_lowvram.device.streams import Event
 from lib_async_lowvram.measured import Measured
 from lib_async_lowvram.network import Network
-from lib_async_lowvram.status import describe
+from lib_async_lowvram.status import describe, shown_of
 
 
 class Looking:
@@ -66,10 +66,11 @@ class Looking:
         self._context.trace = trace
 
     def timeline(self, previews: Iterable[tuple[Event, Event]] = ()) -> dict[str, Any]:
-        """See `Timeline.describe`: of the newest pass that was timed; the next one will be. JSON-ready."""
+        """See `Timeline.describe`: of the network used most its newest timed pass; the next one will be timed. JSON-ready."""
         with self._context.lock:
-            self._context.timeline.wanted = True
-            return self._context.timeline.describe(previews)
+            shown = shown_of(self._networks, self._current)
+            self._context.timeline.ask()
+            return self._context.timeline.describe(shown and shown.name, previews)
 
     def status(self) -> dict[str, Any]:
         """What DESIGN.md's Status lists, and more; JSON-ready. Bytes, seconds."""

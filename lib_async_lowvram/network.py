@@ -346,3 +346,4 @@ class Network:
             self.hooks.remove()
             self.contents.release()
             self.context.peaks.forget(self.name)
+            self.context.timeline.forget(self.name)

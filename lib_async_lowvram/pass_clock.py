@@ -5,6 +5,7 @@ Called by `network` at a pass's start and end, under the mover's lock.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
 from lib_async_lowvram.core.stats import Counters
@@ -27,6 +28,7 @@ class PassClock:
         """The pass's first work is about to be enqueued."""
         streams = self._streams
         self._collect()
+        self._counters.began = time.monotonic()
         self._start = streams.record(streams.current_stream(), timing=True)
         self._stall, self._waits, self._bytes = streams.stall_seconds, streams.host_waits, self._counters.streamed_bytes
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,8 @@ from lib_async_lowvram.log import logger
 ERRORS_IN_A_ROW = 3
 """After so many, previews pause until the next job."""
 
+RECENT = 8
+"""Frames whose times are kept, for a timeline."""
 
 
 class NoRoom(Exception):
@@ -91,6 +94,7 @@ class PreviewWorker:
         self._state = _State()
         self._changed = threading.Condition()
         self._buffer: torch.Tensor | None = None
+        self._recent: deque[tuple[Event, Event]] = deque(maxlen=RECENT)
 
     # -- the sampling thread -------------------------------------------------------------------------------------------
     def submit(self, latent: torch.Tensor, decode: Decode, key: Hashable = None) -> bool:
@@ -120,6 +124,11 @@ class PreviewWorker:
         if self._state.waiting is not None:
             self.counters.skipped += 1
         self._state.waiting = request
+
+    @property
+    def recent(self) -> list[tuple[Event, Event]]:
+        """Timing events around the newest frames, oldest first; from any thread."""
+        return list(self._recent)
 
     # -- jobs and the end ----------------------------------------------------------------------------------------------
     def new_job(self) -> None:
@@ -210,13 +219,16 @@ class PreviewWorker:
         """uint8 [N, H, W, 3] on the host, in the buffer that the next frame will use again."""
         streams = self._streams
         streams.wait(streams.current_stream(), request.written)
+        started = streams.record(streams.current_stream(), timing=True)
         try:
             decoded = request.decode(request.latent)
             staged = self._staging(decoded.shape)
             staged.copy_(decoded, non_blocking=True)
         finally:
             # Also after an error: what was launched before it may still read the latent, which is let go of next.
-            streams.synchronize(streams.record(streams.current_stream()))
+            ended = streams.record(streams.current_stream(), timing=True)
+            streams.synchronize(ended)
+        self._recent.append((started, ended))
         return to_pixels(staged)
 
     def _staging(self, shape: torch.Size) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The mover's status as one JSON-ready dictionary: sums over its networks, figures of the one used last, and each network.
+"""The mover's status as one JSON-ready dictionary: sums over its networks, figures of one (`shown_of`), and each network.
 
 Sums are since the mover was made: what networks that are gone had counted stays in.
 
@@ -14,13 +14,14 @@ from lib_async_lowvram import __version__
 from lib_async_lowvram.context import Context
 from lib_async_lowvram.core.stats import COUNTED
 from lib_async_lowvram.network import Network
+from lib_async_lowvram.vram import vram_of
 
 
 def describe(context: Context, networks: Mapping[str, Network], current: Network | None, demoted: str, last_error: str) -> dict[str, Any]:
     """See the module. Keys as in DESIGN.md, Status. `efficiency` and the like are None until a steady pass was measured."""
     peak, learning_peak = context.peaks.read()
     each = {name: _network(context, network) for name, network in networks.items()}
-    shown = current or _busiest(networks)
+    shown = shown_of(networks, current)
     figures = _figures(context, shown)
     sums = {key: getattr(context.gone, key) + sum(network[key] for network in each.values()) for key in COUNTED}
     streams = any(network["passes"] for network in each.values())
@@ -37,7 +38,8 @@ def describe(context: Context, networks: Mapping[str, Network], current: Network
         "peak_weight_bytes": peak,
         "learning_peak_bytes": learning_peak,
         "placement_faults": context.checker.faults if context.checker is not None else None,
-        "worst_stall": context.timeline.worst_stall(),
+        "worst_stall": context.timeline.worst_stall(shown and shown.name),
+        "vram": vram_of(context, shown),
         "network": shown.name if shown is not None else None,
         "in_use": current.name if current is not None else None,
         **sums,
@@ -47,8 +49,15 @@ def describe(context: Context, networks: Mapping[str, Network], current: Network
     }
 
 
-def _busiest(networks: Mapping[str, Network]) -> Network | None:
-    return max(networks.values(), key=lambda network: network.counters.passes, default=None)
+def shown_of(networks: Mapping[str, Network], current: Network | None) -> Network | None:
+    """The network that figures are about: the one used most of the model used last. A picture ends in the VAE, and what people want to
+    know is the UNet's."""
+    newest = current or max(networks.values(), key=lambda network: network.counters.began, default=None)
+    if newest is None:
+        return None
+    model = newest.name.partition("#")[2]  # "unet#2": of the second model kept in memory
+    alike = [network for name, network in networks.items() if name.partition("#")[2] == model]
+    return max(alike, key=lambda network: (network.counters.passes, network is newest), default=newest)
 
 
 def _network(context: Context, network: Network) -> dict[str, Any]:
@@ -70,7 +79,7 @@ def _network(context: Context, network: Network) -> dict[str, Any]:
 
 
 def _figures(context: Context, network: Network | None) -> dict[str, Any]:
-    """Of the network in use (or used most): its plan against what was measured."""
+    """Of this network: its plan against what was measured."""
     plan = network.plan if network is not None else None
     learned = network.learned if network is not None else None
     counters = network.counters if network is not None else None

@@ -89,7 +89,7 @@ class Streaming:
         if not (at_end or fresh):
             self.uses.resynchronise()
         self._since_timed += 1
-        looked_at = self._context.timeline.due()
+        looked_at = self._context.timeline.due(self._network.name)
         if looked_at or not self._timed or self._network.planning.untimed or self._since_timed >= SAMPLED:
             self._since_timed = 0
             self._transfers.clock = LeafClock(self._streams, arriving=not self._timed, every_copy=looked_at)

@@ -5,49 +5,39 @@ extension's folder is on `sys.path` only while it does so, hence the imports at 
 Nothing may be raised from here: whatever goes wrong is one line, a traceback through the host, and stock behaviour.
 """
 
+import sys
+
 from modules import errors, script_callbacks, scripts
 
 LINE = "[Async LowVRAM]"
+OLD = "the extension was updated while the WebUI ran: restart the WebUI (not only Reload UI)"
 
+was_loaded = "lib_async_lowvram" in sys.modules
 integration = None
+panel = None
 reason = ""
 register_settings = None
-add_status_route = None
 
 try:
-    from lib_async_lowvram import __version__
-    from lib_async_lowvram.log import logger, to_console
-    from lib_async_lowvram.webui.host import StandDown, detect
+    from lib_async_lowvram.webui.start import start
 
-    to_console()
-    host = detect()
-    if isinstance(host, StandDown):
-        reason = host.reason
-        logger.info("%s: standing down: %s", __version__, reason)
-    else:
-        from lib_async_lowvram.webui import large_ui
-        from lib_async_lowvram.webui.lowvram import Integration
-
-        integration = Integration.start(host)
-        logger.info("%s: %s", __version__, integration.describe())
+    integration, reason = start()
 except Exception as error:
-    integration = None
-    reason = f"the extension failed to start ({type(error).__name__})"
+    # New scripts with the library of before an update, most likely, where it was loaded already.
+    reason = OLD if was_loaded else f"the extension failed to start ({type(error).__name__})"
     print(f"{LINE} standing down: {reason}; stock --lowvram is untouched")
     errors.report(f"{LINE} failed to start", exc_info=True)
 
 try:
+    from lib_async_lowvram.log import remember
+    from lib_async_lowvram.webui import large_ui, plot
+    from lib_async_lowvram.webui.panel import Panel
+    from lib_async_lowvram.webui.routes import add_routes
     from lib_async_lowvram.webui.settings import register as register_settings
-    from lib_async_lowvram.webui.status import add_route as add_status_route
+
+    panel = Panel(integration, reason, remember())
 except Exception:
-    errors.report(f"{LINE} has no settings and no status", exc_info=True)
-
-
-def read_status():
-    """What GET /async-lowvram/status tells."""
-    if integration is None:
-        return {"state": "standing_down", "reason": reason}
-    return integration.status()
+    errors.report(f"{LINE} has no settings and no panel", exc_info=True)
 
 
 def prepare():
@@ -64,12 +54,12 @@ def on_script_unloaded():
 
 def on_app_started(demo, app):
     """`demo` is None under --nowebui; the route needs only the app."""
-    add_status_route(app, read_status)
+    add_routes(app, panel)
 
 
 if register_settings is not None:
     script_callbacks.on_ui_settings(register_settings)
-if add_status_route is not None:
+if panel is not None:
     script_callbacks.on_app_started(on_app_started)
 script_callbacks.on_script_unloaded(on_script_unloaded)
 
@@ -79,7 +69,7 @@ if not hasattr(scripts.Script, "process_before_every_sampling"):
 
 
 class AsyncLowVRAMScript(scripts.Script):
-    """Always on and without controls; here for the moment before sampling."""
+    """Always on and without controls; here for the moments before a picture and before its sampling."""
 
     create_group = False
 
@@ -89,7 +79,13 @@ class AsyncLowVRAMScript(scripts.Script):
     def show(self, is_img2img):
         return scripts.AlwaysVisible
 
+    def process(self, p, *args):
+        if integration is not None:
+            integration.follow_switch()
+
     def process_before_every_sampling(self, p, *args, **kwargs):
+        if panel is not None:
+            panel.note(p)
         prepare()
 
 
@@ -100,7 +96,7 @@ class LargePicturesScript(scripts.Script):
         return "Large pictures"
 
     def show(self, is_img2img):
-        return scripts.AlwaysVisible if integration is not None else False
+        return scripts.AlwaysVisible if integration is not None and panel is not None else False
 
     def ui(self, is_img2img):
         made, self.infotext_fields = large_ui.accordion(self.elem_id)
@@ -113,5 +109,5 @@ class LargePicturesScript(scripts.Script):
         integration.large.end()
 
 
-if integration is not None:
-    script_callbacks.on_before_ui(lambda: large_ui.add_axes(scripts.scripts_data))
+if integration is not None and panel is not None:
+    script_callbacks.on_before_ui(lambda: (plot.add_axes(scripts.scripts_data), large_ui.add_axes(scripts.scripts_data)))

@@ -48,7 +48,7 @@ def describe_device(streams: Streams) -> dict[str, Any]:
     """Name, memory, and for CUDA what runs it. Bytes."""
     found: dict[str, Any] = {"name": streams.name, "simulated": isinstance(streams, SimulatedStreams), "free_bytes": streams.free_memory()}
     if isinstance(streams, SimulatedStreams):
-        found["total_bytes"] = streams.capacity_bytes
+        found["total_bytes"] = streams.total_memory()
         found["set_bandwidth_bytes_per_s"] = streams.bandwidth
     elif streams.device.type == "cuda":
         found["total_bytes"] = torch.cuda.mem_get_info(streams.device)[1]

@@ -34,6 +34,7 @@ class Counters:
         fetched_ahead_bytes: of streamed_bytes, those enqueued while another network was in use; adopted_ahead_bytes: of these, what was
             there, and true, when the network was entered.
         streamed_bytes_last_pass, stall_seconds_last_pass: of the last complete streamed pass.
+        began: when the newest streamed pass did, by `time.monotonic`; 0.0 before the first.
     """
 
     passes: int = 0
@@ -57,6 +58,7 @@ class Counters:
     streamed_bytes_last_pass: int = 0
     stall_seconds: float = 0.0
     stall_seconds_last_pass: float = 0.0
+    began: float = 0.0
     recent_pass_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=32))
 
     @property

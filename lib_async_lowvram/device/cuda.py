@@ -162,6 +162,12 @@ class CudaStreams(Streams):
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return free + max(0, cached)
 
+    def total_memory(self) -> int | None:
+        return torch.cuda.mem_get_info(self.device)[1]
+
+    def other_bytes(self) -> int:
+        return max(0, torch.cuda.memory_allocated(self.device) - self._allocated)
+
     def activation_growth(self) -> int:
         return max(0, self._note_others() - (torch.cuda.memory_allocated(self.device) - self._allocated))
 

@@ -266,6 +266,12 @@ class RecordingStreams(HostWork):
     def free_memory(self) -> int:
         return self.inner.free_memory()
 
+    def total_memory(self) -> int | None:
+        return self.inner.total_memory()
+
+    def other_bytes(self) -> int:
+        return self.inner.other_bytes()
+
     def activation_growth(self) -> int:
         return self.inner.activation_growth()
 

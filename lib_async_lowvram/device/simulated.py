@@ -271,10 +271,8 @@ class SimulatedStreams(Streams):
     def reset_peak(self) -> None:
         self._memory.reset_peak()
 
-    @property
-    def capacity_bytes(self) -> int:
-        """The hard cap on `allocated_bytes`."""
-        return self._memory.capacity_bytes
+    def total_memory(self) -> int:
+        return self._memory.capacity_bytes  # the hard cap on `allocated_bytes`
 
     def free_memory(self) -> int:
         return self._memory.free_bytes
@@ -307,7 +305,7 @@ class SimulatedStreams(Streams):
 
     def sibling(self) -> SimulatedStreams:
         link = self.onload_stream.link
-        other = SimulatedStreams(self.capacity_bytes, link.bandwidth, link.latency, link.jitter_seconds, poison=self.poison)
+        other = SimulatedStreams(self.total_memory(), link.bandwidth, link.latency, link.jitter_seconds, poison=self.poison)
         other._memory, other._pinned = self._memory.part(), self._pinned
         return other
 

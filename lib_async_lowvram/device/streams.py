@@ -170,6 +170,14 @@ class Streams(ABC):
         """Bytes that could still be allocated on the device now, by anybody, caches included where they can be reused
         by this process."""
 
+    def total_memory(self) -> int | None:
+        """Bytes of device memory there are; None where nobody knows."""
+        return None
+
+    def other_bytes(self) -> int:
+        """Bytes that this process holds on the device beside `allocate`d blocks, now. 0 where nobody counts them."""
+        return 0
+
     def activation_growth(self) -> int:
         """Bytes by which this process's other allocations on the device have exceeded their present size so far: what
         computing is known to need beside the weights. 0 where nobody counts them."""

@@ -28,11 +28,6 @@ from lib_async_lowvram.log import logger
 
 DOGGETTX, INVOKEAI, SUB_QUADRATIC = "Doggettx", "InvokeAI", "sub-quadratic"
 SLICED = (DOGGETTX, INVOKEAI, SUB_QUADRATIC)
-ADVICE = (
-    "{method} attention slices by free memory, so pictures depend on how much happens to be free: choose sdp-no-mem in "
-    "Settings, Optimizations, for pictures that do not, and for a larger automatic budget"
-)
-
 BESIDE = 16
 """Other tensors as large as the attention's input that live while it runs: skip connections, queries, keys, values."""
 
@@ -45,10 +40,10 @@ def method_in_use() -> str:
     return getattr(getattr(hijack, "model_hijack", None), "optimization_method", None) or ""
 
 
-def advice() -> str:
-    """One line for the user where attention slices by free memory, else ""."""
+def slicing() -> str:
+    """The method in use where it slices by free memory, else ""."""
     method = method_in_use()
-    return ADVICE.format(method=method) if method in SLICED else ""
+    return method if method in SLICED else ""
 
 
 def first_attention(unet: nn.Module) -> tuple[int, int, int] | None:

@@ -17,6 +17,8 @@ from typing import Any
 
 from lib_async_lowvram.large.regions import Region
 from lib_async_lowvram.large.settings import MODES, MOST_TILE, OFF, STEP, LargePictures, read
+from lib_async_lowvram.webui import plot
+from lib_async_lowvram.webui.plot import Axis
 
 TITLE = "Large pictures"
 COLUMNS = ("x", "y", "width", "height", "prompt", "negative", "weight")
@@ -162,27 +164,13 @@ def infotext_of(settings: LargePictures) -> dict[str, Any]:
 
 
 # -- X/Y/Z plot --------------------------------------------------------------------------------------------------------------
-AXES = (("mode", str, MODES), ("tile", int, None), ("overlap", int, None))
-
-
-PLOT = "xyz_grid.py"
-
-
 def add_axes(loaded: Sequence[Any]) -> int:
-    """Our axes, for the X/Y/Z plot among the host's `loaded` scripts (`scripts.scripts_data`), unless it has them; to how many modules
-    they were added."""
-    added = 0
-    for plot in [data.module for data in loaded if str(data.path).endswith(PLOT)]:
-        if any(option.label.startswith(f"[{TITLE}]") for option in plot.axis_options):
-            continue
-        for name, kind, choices in AXES:
-            more = {} if choices is None else {"choices": lambda choices=choices: list(choices)}
-            plot.axis_options.append(plot.AxisOption(f"[{TITLE}] {name}", kind, _apply(name), **more))
-        added += 1
-    return added
+    """See `plot.add_axes`."""
+    kinds = {"mode": (str, MODES), "tile": (int, None), "overlap": (int, None)}
+    return plot.add_axes(loaded, TITLE, [Axis(name, kind, choices, _apply(name)) for name, (kind, choices) in kinds.items()])
 
 
-def _apply(name: str) -> Callable[[Any, Any, Any], None]:
+def _apply(name: str) -> plot.Apply:
     def apply(p: Any, x: Any, xs: Any) -> None:
         # A new mapping: the plot copies `p` shallowly for each of its pictures.
         setattr(p, OVERRIDES, {**(getattr(p, OVERRIDES, None) or {}), name: x})

@@ -26,13 +26,14 @@ from torch import nn
 from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.log import logger
 from lib_async_lowvram.webui import patching
-from lib_async_lowvram.webui.announcement import SWITCHED_OFF, describe
-from lib_async_lowvram.webui.attention import SliceKeeper, advice
+from lib_async_lowvram.webui.answers import Answers
+from lib_async_lowvram.webui.attention import SliceKeeper
 from lib_async_lowvram.webui.device_claim import DeviceClaim
 from lib_async_lowvram.webui.host import Host
 from lib_async_lowvram.webui.large_jobs import LargeJobs
 from lib_async_lowvram.webui.lora import LoraBackups
 from lib_async_lowvram.webui.models import ManagedModels
+from lib_async_lowvram.webui.next_network import expected_after
 from lib_async_lowvram.webui.preview import LivePreviews
 from lib_async_lowvram.webui.regions import UNET
 from lib_async_lowvram.webui.retry import Retries
@@ -48,7 +49,7 @@ def open_mover(config: OffloadConfig, device: torch.device | str) -> Any:
     return AsyncModelMover(config, device)
 
 
-class Integration:
+class Integration(Answers):
     """See the module's docstring. `make_mover`: from the config and the device."""
 
     def __init__(
@@ -66,6 +67,7 @@ class Integration:
         self._models = ManagedModels(self, self._open_mover, lambda: self._host_lowvram.send_everything_to_cpu())
         self._config: OffloadConfig | None = None
         self._enabled = self.settings.enabled()
+        self._forced: bool | None = None
         self._demoted: str | None = None
         self._last_error: str | None = None
         self._known: Any = None
@@ -76,14 +78,8 @@ class Integration:
         self._upscalers = Upscalers(lambda: self._protected("making room for an upscaler", self._drain))
         self._previews = LivePreviews(lambda: self._models.mover, self._link_of, lambda: self.settings.config().preview_bytes)
         self._retries = Retries(host.device, self._unet_of, self._make_room)
-        self.large = LargeJobs.over(self._models, lambda: self.settings.config(), self._why_not)
+        self.large = LargeJobs.over(self._models, lambda: self.settings.config(), self.why_not)
         self._lock = threading.RLock()
-
-    def _why_not(self) -> str:
-        """Why weights do not travel with the model in use, or ""."""
-        if not self._enabled or self._demoted:
-            return self._demoted or SWITCHED_OFF
-        return "" if self._link_of(self._host_models.model_data.sd_model) is not None else "this model is left to stock --lowvram"
 
     def _link_of(self, model: nn.Module | None) -> Link | None:
         managed = self._models.find(model)
@@ -182,6 +178,9 @@ class Integration:
     def pass_starting(self, link: Link, network: str) -> None:
         self._device.claim(unet_pass=network == UNET)
         self._read_settings()
+        following = expected_after(network, link.names, self._host_shared)
+        if following is not None:
+            self._models.mover.expect(following)
 
     def _read_settings(self) -> None:
         config = self.settings.config()
@@ -209,7 +208,7 @@ class Integration:
     def _prepare(self, link: Link) -> None:
         mover, name = self._models.mover, link.names[UNET]
         if mover.current_network != name:
-            mover.drain()  # a pass without an end (SD2's text encoder) would be in the way; we know that it is over
+            mover.drain(for_network=name)  # a pass without an end (SD2's text encoder) would be in the way; we know that it is over
         self._device.claim()
         self._read_settings()
         mover.prepare(name)
@@ -278,20 +277,36 @@ class Integration:
             if self._in_job:
                 self._drain()  # the job before never ended
             self._in_job = True
-            wanted, before = self.settings.enabled(), self._enabled
+            self._follow_switch()
+
+    def follow_switch(self) -> None:
+        """The switch may be another one for the next picture of this job (X/Y/Z plot): called before its prompt is encoded."""
+        if self._wanted() != self._enabled:
+            self._protected("following the switch", self._drain)
+            self._protected("following the switch", self._follow_switch)
+
+    def force(self, on: bool | None) -> None:
+        """From the next job on the switch is on, or off, whatever the settings say; None: as they say."""
+        self._forced = on
+
+    def _wanted(self) -> bool:
+        return self.settings.enabled() if self._forced is None else self._forced
+
+    def _follow_switch(self) -> None:
+        with self._lock:
+            wanted, before = self._wanted(), self._enabled
             self._enabled = wanted
             self._follow_previews()
-            if wanted == before:
-                self._models.keep_on_disk(self.settings.on_disk())
-            elif wanted:
+            if wanted and not before:
                 self.adopt_loaded()
-                self._models.keep_on_disk(self.settings.on_disk())
                 logger.info("switched on: weights travel while the GPU computes")
-            else:
+            elif before and not wanted:
                 self._models.close()  # its threads, too; and a mover that was demoted stays so, the next one starts anew
                 self._demoted = None
                 self._stock_again()
                 logger.info("switched off: stock --lowvram moves the weights")
+            if wanted or wanted == before:
+                self._models.keep_on_disk(self.settings.on_disk())
 
     def _follow_previews(self) -> None:
         self._previews.switch(self._enabled and not self._demoted and self.settings.previews())
@@ -324,26 +339,3 @@ class Integration:
             self._last_error = f"failed while {what} ({type(error).__name__})"
             importlib.import_module("modules.errors").report(f"[Async LowVRAM] failed while {what}", exc_info=True)
             self._on_demote(self._last_error)
-
-    # -- what people see -----------------------------------------------------------------------------------------------------
-    def status(self) -> dict[str, Any]:
-        """DESIGN.md "Status", as far as known; from any thread, without side effects."""
-        mover = self._models.mover
-        status = dict(mover.status()) if mover is not None else {}
-        status["device"] = self.host.device_name
-        status.update(preview=self._previews.status(), large=self.large.status(), advice=advice())
-        status.update(retries=self._retries.tried, retries_failed=self._retries.failed)
-        status["on_disk"] = self._models.on_disk.status(self._host_models.model_data.sd_model)
-        status["last_error"] = status.get("last_error") or self._last_error or self._retries.last_error
-        if self._demoted:
-            status.update(state="demoted", reason=self._demoted)
-        elif not self._enabled:
-            status.update(state="standing_down", reason=SWITCHED_OFF)
-        elif not self._models:
-            none = self._host_models.model_data.sd_model is None
-            status.update(state="standing_down", reason="no model is loaded yet" if none else "this model is left to the WebUI")
-        return status
-
-    def describe(self) -> str:
-        """For the console line at start: device, budget, what will be done."""
-        return describe(self.host, self.settings.config() if self._enabled else None)

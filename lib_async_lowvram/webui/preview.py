@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lib_async_lowvram.device.streams import Event
 from lib_async_lowvram.log import logger
 from lib_async_lowvram.preview import Decode, PreviewWorker
 from lib_async_lowvram.webui import patching
@@ -108,6 +109,11 @@ class LivePreviews:
         worker = self._worker
         counted = {name: count + (getattr(worker.counters, name) if worker is not None else 0) for name, count in self._counted.items()}
         return {**counted, "peak_weight_bytes": self._peak()}
+
+    def recent(self) -> list[tuple[Event, Event]]:
+        """Timing events around the newest frames."""
+        worker = self._worker
+        return worker.recent if worker is not None else []
 
     def _peak(self) -> int:
         streams = self._streams

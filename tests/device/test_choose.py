@@ -46,7 +46,7 @@ def test_simulated_by_name_by_environment_and_for_lack_of_anything_else(no_cuda)
 def test_the_environment_is_read_by_default(monkeypatch, cuda):
     monkeypatch.setenv("ASYNC_LOWVRAM_DEVICE", "simulated")
     monkeypatch.setenv("ASYNC_LOWVRAM_SIM_CAPACITY", "2000000")
-    assert open_streams().capacity_bytes == 2_000_000
+    assert open_streams().total_memory() == 2_000_000
 
 
 def test_cuda_where_present_and_where_named(cuda):
@@ -101,7 +101,7 @@ def test_settings_arrive():
         },
     )
     assert (streams.bandwidth, streams.latency, streams.jitter_seconds) == (5e8, 0.001, 0.002)
-    assert (streams.capacity_bytes, streams.poison) == (10**9, False)
+    assert (streams.total_memory(), streams.poison) == (10**9, False)
     assert streams.onload_stream.delay() == SimulatedStreams(jitter_seconds=0.002, seed=7).onload_stream.delay()
 
 
@@ -111,5 +111,5 @@ def test_hostile_values_are_clamped_or_replaced_and_logged(text, caplog):
     with caplog.at_level(logging.WARNING, "async_lowvram"):
         streams = open_streams("simulated", {f"ASYNC_LOWVRAM_SIM_{name}": text for name in names})
     assert 1e3 <= streams.bandwidth <= 1e15 and 0 <= streams.latency <= 10 and 0 <= streams.jitter_seconds <= 10
-    assert 1 << 20 <= streams.capacity_bytes <= 1 << 50
+    assert 1 << 20 <= streams.total_memory() <= 1 << 50
     assert bool(caplog.records) == (text != "")

@@ -76,8 +76,12 @@ def said(caplog):
 
 @pytest.fixture
 def run_script(webui):
-    """Runs scripts/async_lowvram.py as the WebUI does; returns its globals."""
-    return lambda: runpy.run_path(str(SCRIPT))
+    """Runs scripts/async_lowvram.py as the WebUI does; returns its globals. What it hangs on our logger goes with the test."""
+    logger = logging.getLogger("async_lowvram")
+    handlers, propagate = list(logger.handlers), logger.propagate
+    yield lambda: runpy.run_path(str(SCRIPT))
+    logger.handlers[:] = handlers
+    logger.propagate = propagate
 
 
 @pytest.fixture

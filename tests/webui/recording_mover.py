@@ -57,8 +57,11 @@ class RecordingMover:
     def prepare(self, name):
         self._note("prepare", name)
 
-    def drain(self):
-        self._note("drain")
+    def expect(self, name):
+        self._note("expect", name)
+
+    def drain(self, for_network=None):
+        self._note(*(("drain",) if for_network is None else ("drain", for_network)))
 
     def shed(self, name):
         self._note("shed", name)
@@ -74,3 +77,7 @@ class RecordingMover:
     def status(self):
         return {"state": "active", "networks": {name: {} for name in self.networks}, "pinned_bytes": self.pinned_bytes,
                 "pinned_limit_bytes": 1 << 30}
+
+    def timeline(self, previews=()):
+        self._note("timeline")
+        return {"network": None, "seconds": 0.0, "age_seconds": None, "spans": []}

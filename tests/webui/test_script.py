@@ -10,7 +10,10 @@ import pytest
 import tiny_models
 
 from lib_async_lowvram import __version__
+from lib_async_lowvram.webui import freshness
 from lib_async_lowvram.webui.settings import ENABLED
+
+PICTURE = SimpleNamespace(width=640, height=448, batch_size=2)
 
 
 class FakeApp:
@@ -37,8 +40,12 @@ def test_stands_down_in_one_line_and_touches_nothing(webui, run_script, said, mo
     ran = run_script()
     assert "standing down: the WebUI runs on the CPU" in said()
     assert functions == (webui.lowvram.setup_for_low_vram, webui.devices.torch_gc, webui.shared_state.State.begin)
-    assert ran["read_status"]() == {"state": "standing_down", "reason": ran["reason"]}
-    ran["AsyncLowVRAMScript"]().process_before_every_sampling(None, x=1)
+    status = ran["panel"].status()
+    assert (status["state"], status["reason"], status["advice"]) == ("standing_down", ran["reason"], "")
+    assert status["trial"]["state"] == "idle" and ran["panel"].start_trial() == (False, ran["reason"])
+    assert ran["panel"].timeline() == {"schema": 1, "network": None, "seconds": 0.0, "spans": []}
+    ran["AsyncLowVRAMScript"]().process(PICTURE)
+    ran["AsyncLowVRAMScript"]().process_before_every_sampling(PICTURE, x=1)
     webui.script_callbacks.fire("ui_settings")
     assert ENABLED in webui.data
     webui.script_callbacks.fire("script_unloaded")
@@ -50,16 +57,52 @@ def test_the_route_is_added_with_and_without_a_ui(webui, run_script, on_the_simu
     app = FakeApp()
     webui.script_callbacks.fire("app_started", None, app)
     webui.script_callbacks.fire("app_started", object(), app)
-    assert [route.path for route in app.router.routes] == ["/async-lowvram/status"]
+    trial = ["/async-lowvram/trial"] * 2
+    assert [route.path for route in app.router.routes] == ["/async-lowvram/status", "/async-lowvram/timeline", *trial]
 
 
 def test_nothing_gets_out_of_a_broken_start(webui, run_script, monkeypatch, capfd):
+    for name in ("start", "panel", "lowvram"):
+        monkeypatch.delitem(sys.modules, f"lib_async_lowvram.webui.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "lib_async_lowvram.webui.host", None)  # as if a file were missing
     ran = run_script()
-    assert ran["read_status"]()["state"] == "standing_down"
-    assert "failed to start" in ran["reason"]
+    assert ran["panel"] is None  # it needs what is missing, too
+    assert ran["reason"].startswith("the extension was updated while the WebUI ran: restart the WebUI")  # the library was loaded before
     assert "standing down" in capfd.readouterr().out
     assert webui.errors.reports
+
+
+def test_a_first_start_that_fails_says_so(webui, run_script, monkeypatch, capfd):
+    for name in [name for name in sys.modules if name.split(".")[0] == "lib_async_lowvram"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lib_async_lowvram.webui.host", None)
+    assert run_script()["reason"] == "the extension failed to start (ModuleNotFoundError)"
+
+
+def test_new_scripts_with_the_library_of_before_an_update(webui, run_script, monkeypatch, capfd):
+    from lib_async_lowvram import log
+
+    monkeypatch.delattr(log, "remember")  # as an older one would lack it
+    monkeypatch.delitem(sys.modules, "lib_async_lowvram.webui.start", raising=False)
+    monkeypatch.delitem(sys.modules, "lib_async_lowvram.webui.panel", raising=False)
+    ran = run_script()
+    assert ran["integration"] is None and ran["panel"] is None
+    assert "restart the WebUI (not only Reload UI)" in capfd.readouterr().out
+    webui.script_callbacks.fire("before_ui")
+    assert ran["LargePicturesScript"]().show(False) is False
+
+
+def test_files_newer_than_the_library(webui, run_script, on_the_simulated_device, monkeypatch, said):
+    ran = run_script()
+    assert ran["panel"].status()["restart"] == ""
+    monkeypatch.setattr(freshness, "_loaded", "of another version")
+    monkeypatch.setattr(freshness, "_looked", None)
+    ran = run_script()  # Reload UI
+    assert freshness.ADVICE in said()
+    status = ran["panel"].status()
+    assert status["restart"] == freshness.ADVICE
+    assert status["advices"][0]["id"] == "restart"
+    assert freshness.ADVICE in [message["text"] for message in status["messages"]]
 
 
 def test_nothing_gets_out_when_the_library_is_missing(webui, run_script, monkeypatch):
@@ -80,8 +123,9 @@ def test_the_always_on_script_has_no_controls_and_prepares_the_unet(webui, run_s
     assert script.title() == "Async LowVRAM"
     calls = []
     monkeypatch.setattr(ran["integration"], "prepare", lambda: calls.append(1))
-    script.process_before_every_sampling(None, x=1, noise=2, c=3, uc=4)
+    script.process_before_every_sampling(PICTURE, x=1, noise=2, c=3, uc=4)
     assert calls == [1]
+    assert ran["panel"].pictures.describe() == "640x448, batch 2"  # what a trial will make
 
 
 def test_older_hosts_prepare_at_the_first_step(webui, run_script, on_the_simulated_device, monkeypatch):

@@ -1,4 +1,4 @@
-"""The status route: always the same keys, always JSON, never a path."""
+"""The status: always the same keys, always JSON, never a path."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from lib_async_lowvram.webui import memory_report, status
+from lib_async_lowvram.webui import status
 
 KEYS = """version state reason device budget_bytes resident_bytes ring_bytes pinned_bytes pinned_limit_bytes passes hits misses refetches
 write_backs adopted streamed_bytes_per_pass bandwidth_bytes_per_s pass_seconds stall_seconds limit_seconds best_schedule_seconds efficiency
@@ -50,62 +50,3 @@ def test_no_paths(message):
 def test_plain_text_stays():
     text = "half of 1/2 GB at 3 MB/s; and/or nothing"
     assert status.complete({"reason": text})["reason"] == text
-
-
-@pytest.fixture
-def served():
-    fastapi = pytest.importorskip("fastapi", reason="the WebUI's own web framework is not installed here")
-    pytest.importorskip("httpx", reason="fastapi's test client needs it")
-    from fastapi.testclient import TestClient
-
-    app = fastapi.FastAPI()
-    return app, TestClient(app)
-
-
-def test_the_route(served):
-    app, client = served
-    status.add_route(app, lambda: {"state": "learning"})
-    answer = client.get(status.PATH)
-    assert answer.status_code == 200
-    assert answer.json()["state"] == "learning"
-    assert set(KEYS) <= set(answer.json())
-
-
-def test_added_again_it_asks_the_newer(served):
-    app, client = served
-    status.add_route(app, lambda: {"state": "learning"})
-    status.add_route(app, lambda: {"state": "active"})
-    assert client.get(status.PATH).json()["state"] == "active"
-    assert [getattr(route, "path", None) for route in app.routes].count(status.PATH) == 1
-
-
-def test_a_failing_status_is_an_answer(served):
-    app, client = served
-
-    def broken():
-        raise RuntimeError("no /tmp/x here")
-
-    status.add_route(app, broken)
-    answer = client.get(status.PATH).json()
-    assert answer["state"] == "demoted"
-    assert answer["last_error"] == "RuntimeError"  # its text may hold anything, a path or a prompt; the log has it
-
-
-@pytest.mark.parametrize("method", ["post", "put", "patch", "delete"])
-def test_the_route_only_reads(served, method):
-    app, client = served
-    asked = []
-    status.add_route(app, lambda: asked.append(1) or {"state": "active"})
-    assert getattr(client, method)(status.PATH).status_code == 405
-    assert not asked
-
-
-def test_the_route_takes_no_input(served, monkeypatch):
-    monkeypatch.setattr(memory_report, "process", dict)  # which grows from one answer to the next
-    app, client = served
-    status.add_route(app, lambda: {"state": "active"})
-    plain = client.get(status.PATH).json()
-    assert client.get(status.PATH, params={"state": "demoted", "path": "/etc/passwd"}).json() == plain
-    assert client.request("GET", status.PATH, json={"state": "demoted"}).json() == plain
-    (route,) = [route for route in app.routes if getattr(route, "path", None) == status.PATH]
-    assert not (route.dependant.query_params or route.dependant.path_params or route.dependant.body_params)

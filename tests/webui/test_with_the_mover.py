@@ -16,10 +16,14 @@ import torch
 
 from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.device.simulated import SimulatedStreams
+from lib_async_lowvram.log import Remembered
 from lib_async_lowvram.mover import AsyncModelMover
 from lib_async_lowvram.webui.host import Host
 from lib_async_lowvram.webui.lowvram import Integration
+from lib_async_lowvram.webui.panel import Panel
 from lib_async_lowvram.webui.settings import ENABLED, PREFIX, SettingsReader
+from lib_async_lowvram.webui.status import complete as status_of
+from tests.webui.test_panel import validated as schema_of
 
 KINDS = ["sd1", "sd2", "sdxl"]
 BUDGET = 24 << 10
@@ -72,8 +76,33 @@ def worked(integration, *, undisturbed=True):
     return status
 
 
+def validated(integration):
+    """What a page is told about this integration, as the published schemas say."""
+    panel = Panel(integration, "", Remembered())
+    return schema_of(status_of(panel.status()), "status"), schema_of(panel.timeline(), "timeline")
+
+
 def expected(kind, **kwargs):
     return tiny_models.picture(tiny_models.make(kind), **kwargs)
+
+
+def test_what_the_page_is_told(webui, moving):
+    model = webui.sd_models.load_model(lambda: tiny_models.make("sd1"))
+    job(webui, model)
+    validated(moving)  # asks for a timeline
+    webui.shared.state.begin("job")
+    tiny_models.picture(model)
+    status, timeline = validated(moving)
+    assert status["generating"] and status["state"] == "active" and status["pass_seconds"] > 0
+    vram = status["vram"]
+    assert vram["total"] == 64 << 20 == sum(vram[part] or 0 for part in ("resident", "ring", "activations", "others", "free"))
+    assert 0 < vram["resident"] + vram["ring"] <= vram["budget"] == BUDGET
+    lanes = {span["lane"] for span in timeline["spans"]}
+    assert {"compute", "copy"} <= lanes and timeline["seconds"] > 0
+    blocks = ("time_embed", "input_blocks.", "middle_block.", "output_blocks.", "out.")
+    assert [span["name"] for span in timeline["spans"] if not span["name"].startswith(blocks)] == []
+    webui.lowvram.send_everything_to_cpu()
+    webui.shared.state.end()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,7 @@ class State:
 
     def _reset_previews(self):
         self.job_no = 0
-        self.sampling_step = 0
+        self.sampling_step = self.sampling_steps = 0
         self.current_latent = None
         self.current_image = None
         self.current_image_sampling_step = 0
