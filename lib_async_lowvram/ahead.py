@@ -139,8 +139,6 @@ class Ahead:
     # -- giving up -----------------------------------------------------------------------------------------------------
     def hand_over(self, network: Network) -> None:
         """`network` takes the device now: what was fetched for it stays, for anybody else it is given up."""
-        if self._wanted is network:
-            self._wanted = None
         if self._for is network:
             self._free_reserved()
             self._for = None
@@ -177,19 +175,17 @@ class Ahead:
 
 
 def _may_come_after(network: Network, current: Network) -> bool:
-    """Whether what `network` would onload first is known, and may be copied now, while `current` streams."""
+    """Whether what `network` would onload first is known, and may be copied now, while `current` streams. (No network does at the end of
+    a pass with gradients, or with `always_write_back`.)"""
     planning, contents = network.planning, network.contents
     return (
         network is not current
         and current.streaming is not None
         and current.planning.most_bytes is None  # it has less than its plan wanted: memory is short
-        and not torch.is_grad_enabled()
-        and not network.context.config.always_write_back
         and not (network.detached or network.fault or network.in_pass)
         and planning.learned is not None
         and planning.plan is not None
         and not (planning.stale or contents.resized)
-        and contents.alive
         and not contents.changed
     )
 

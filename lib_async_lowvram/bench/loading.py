@@ -171,7 +171,7 @@ def measure_loading(device: Streams, components: Components, rounds: int, seed: 
         }
         x = torch.zeros(1, dtype=DTYPE, device=device.device)
         found, outputs = [], []
-        for name, measure in (("stock", _stock), ("async", _async)):
+        for name, measure in (("stock", stock_times), ("async", async_times)):
             streams = open_for_contender(device, stack, capacity, bandwidth if simulated else None)
             if simulated:
                 streams.poison = False  # no real device fills freed memory, and it takes the time of a copy
@@ -193,14 +193,16 @@ def measure_loading(device: Streams, components: Components, rounds: int, seed: 
         return found
 
 
-def _finish(streams: Streams) -> None:
+def finish(streams: Streams) -> None:
+    """Wait until the device has done what the calling thread gave it."""
     streams.synchronize(streams.record(streams.current_stream()))
 
 
 Times = tuple[list[float], list[float], torch.Tensor]
 
 
-def _stock(model: nn.Module, streams: Streams, x: torch.Tensor, rounds: int, deadline: Deadline) -> Times:
+def stock_times(model: nn.Module, streams: Streams, x: torch.Tensor, rounds: int, deadline: Deadline) -> Times:
+    """(loads, unloads, output of the last pass): `.to(device)` and a pass, `.to("cpu")`, both waited for."""
     placed = Placed([model], streams) if is_simulated(streams) else None
 
     def load() -> torch.Tensor:
@@ -213,7 +215,8 @@ def _stock(model: nn.Module, streams: Streams, x: torch.Tensor, rounds: int, dea
     return _timed(load, unload, streams, rounds, deadline)
 
 
-def _async(model: nn.Module, streams: Streams, x: torch.Tensor, rounds: int, deadline: Deadline) -> Times:
+def async_times(model: nn.Module, streams: Streams, x: torch.Tensor, rounds: int, deadline: Deadline) -> Times:
+    """The same of the mover: a pass from an empty device, and `drain`."""
     everything = 2 * sum(align(parameter.numel() * parameter.element_size()) for parameter in model.parameters())
     mover = AsyncModelMover(OffloadConfig(budget_bytes=everything), streams)
     try:
@@ -230,10 +233,10 @@ def _timed(load: Any, unload: Any, streams: Streams, rounds: int, deadline: Dead
         for number in range(SETTLING + rounds):
             start = perf_counter()
             output = load()
-            _finish(streams)
+            finish(streams)
             loaded = perf_counter()
             unload()
-            _finish(streams)
+            finish(streams)
             end = perf_counter()
             if number >= SETTLING:
                 loads.append(loaded - start)

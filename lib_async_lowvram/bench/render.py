@@ -83,6 +83,20 @@ def _parts(document: dict[str, Any], make_table: Any, heading: str) -> Iterable[
         header = ("contender", "unload", "load", "share of link", "rounds", "bits")
         yield make_table(header, [_loading_row(result) for result in document["loading"]])
         yield ""
+    if document["regions"]:
+        yield heading.format("Unloading and loading each region, as --medvram does")
+        yield ""
+        header = ("region", "contender", "weights", "unload", "load", "share of link", "rounds", "bits")
+        yield make_table(header, [_region_row(result) for result in document["regions"]])
+        yield ""
+    if document["pictures"]:
+        yield heading.format("A picture's turn: text encoders, UNet, VAE")
+        yield ""
+        yield _picture_facts(document["pictures"][0])
+        yield ""
+        header = ("contender", "ms", "spread", "there ahead", "rounds", "bits")
+        yield make_table(header, [_picture_row(result) for result in document["pictures"]])
+        yield ""
     yield from (f"- {note}" for note in document["notes"])
 
 
@@ -142,6 +156,31 @@ def _loading_row(result: dict[str, Any]) -> list[str]:
         f"{_ms(result['unload_seconds'])} ms",
         f"{_ms(result['load_seconds'])} ms",
         _share(result["share_of_link"]),
+        str(result["rounds"]),
+        "equal" if result["bitwise_equal"] else "DIFFER",
+    ]
+
+
+def _region_row(result: dict[str, Any]) -> list[str]:
+    contender, *rest = _loading_row(result)
+    return [result["region"], contender, _mb(result["weight_bytes"]), *rest]
+
+
+def _picture_facts(first: dict[str, Any]) -> str:
+    computing = ", ".join(f"{region} {_ms(seconds)} ms" for region, seconds in first["compute_seconds"].items())
+    return (
+        f"{_mb(first['weight_bytes'])} of weights; link {_rate(first['bandwidth_bytes_per_s'])}; {first['prompts']} prompts, "
+        f"{first['unet_passes']} passes of the UNet, one decoding; a pass computes for: {computing}."
+    )
+
+
+def _picture_row(result: dict[str, Any]) -> list[str]:
+    low, high = result["spread_seconds"]
+    return [
+        result["contender"],
+        _ms(result["seconds"]),
+        f"{_ms(low)}-{_ms(high)}",
+        _mb(result["fetched_ahead_bytes"]),
         str(result["rounds"]),
         "equal" if result["bitwise_equal"] else "DIFFER",
     ]

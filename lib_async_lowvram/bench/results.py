@@ -3,8 +3,8 @@
 Problem: tables, pictures and documents are made from files that may be months old, so the file says which schema it follows,
 holds everything a table needs, and is checked when it is read: a wrong figure in a document is worse than an error.
 
-Document: `schema`, `kind`, `created` (UTC), `environment`, `settings`, `cases`, `loading`, `notes`. A case is one workload over
-one link: its workload, weight bytes, link bandwidth, resident compute, results, and what was not run and why. Seconds, bytes,
+Document: `schema`, `kind`, `created` (UTC), `environment`, `settings`, `cases`, `loading`, `regions`, `pictures`, `notes`. A case is one
+workload over one link: its workload, weight bytes, link bandwidth, resident compute, results, and what was not run and why. Seconds, bytes,
 bytes per second; None where nobody could tell. Standard library only.
 """
 
@@ -17,7 +17,11 @@ from typing import Any
 
 from lib_async_lowvram.bench.options import BenchError
 
-SCHEMA = 1
+SCHEMA = 2
+READ = (1, SCHEMA)
+ADDED = ("regions", "pictures")
+"""Keys that documents of schema 1 lack: nothing of the kind was measured."""
+
 KIND = "async-lowvram bench"
 
 
@@ -119,9 +123,11 @@ def check(document: Any, name: str) -> None:
     """Raises `BenchError` with one line saying what is wrong."""
     if not isinstance(document, dict) or document.get("kind") != KIND:
         raise BenchError(f"{name} is not a result of this benchmark")
-    if document.get("schema") != SCHEMA:
-        raise BenchError(f"{name} follows schema {document.get('schema')!r}; this version reads {SCHEMA}")
-    for key in ("created", "environment", "settings", "cases", "loading", "notes"):
+    if document.get("schema") not in READ:
+        raise BenchError(f"{name} follows schema {document.get('schema')!r}; this version reads {' and '.join(map(str, READ))}")
+    for key in () if document["schema"] == SCHEMA else ADDED:
+        document.setdefault(key, [])
+    for key in ("created", "environment", "settings", "cases", "loading", *ADDED, "notes"):
         if key not in document:
             raise BenchError(f"{name} lacks {key!r}")
     for number, case in enumerate(document["cases"]):
@@ -137,4 +143,4 @@ def check(document: Any, name: str) -> None:
 def all_equal(document: dict[str, Any]) -> bool:
     """Whether every output compared was the right one."""
     results = [result for case in document["cases"] for result in case["results"]]
-    return all(result["bitwise_equal"] for result in results + document["loading"])
+    return all(result["bitwise_equal"] for result in [*results, *document["loading"], *document["regions"], *document["pictures"]])

@@ -24,10 +24,18 @@ from lib_async_lowvram.bench.devices import is_simulated
 from lib_async_lowvram.bench.loading import Components, measure_loading
 from lib_async_lowvram.bench.measuring import one_compute_thread
 from lib_async_lowvram.bench.options import BenchError, Budget
+from lib_async_lowvram.bench.regions import measure_pictures, measure_regions
 from lib_async_lowvram.bench.stored import check_writable, write_outputs
 from lib_async_lowvram.bench.workloads import Workload, workload
 from lib_async_lowvram.device.choose import open_streams
 from lib_async_lowvram.device.streams import Streams
+
+LOADING = (
+    ("loading", "unload/load", measure_loading),
+    ("regions", "unload/load of each region", measure_regions),
+    ("pictures", "a picture's turn", measure_pictures),
+)
+"""What the workload `loading` measures: key of the document, what it is called, how."""
 
 
 @dataclass(frozen=True)
@@ -121,13 +129,15 @@ def _run_cases(settings: BenchSettings, shared: Shared, document: dict[str, Any]
             document["notes"].append(f"{name}: not run, the device has no room for it: {_first_line(error)}")
         write_outputs(document, *outputs)
     if settings.loading:
-        progress.set_description("unloading and loading")
         scale = settings.loading_scale or (1 / 64 if simulated else 1.0)
-        try:
-            document["loading"] = measure_loading(shared.device, Components.sdxl(scale), settings.rounds, settings.seed, shared.deadline)
-        except torch.cuda.OutOfMemoryError as error:
-            document["notes"].append(f"unload/load: not run, the device has no room for it: {_first_line(error)}")
-        write_outputs(document, *outputs)
+        for number, (key, what, measure) in enumerate(LOADING):
+            progress.set_description(what)
+            deadline = shared.deadline.part(1 / (len(LOADING) - number))
+            try:
+                document[key] = measure(shared.device, Components.sdxl(scale), settings.rounds, settings.seed, deadline)
+            except torch.cuda.OutOfMemoryError as error:
+                document["notes"].append(f"{what}: not run, the device has no room for it: {_first_line(error)}")
+            write_outputs(document, *outputs)
     if not document["cases"] and not document["loading"]:
         raise BenchError("; ".join(document["notes"]) or "nothing to run")
 
@@ -155,5 +165,7 @@ def _new_document(settings: BenchSettings, device: Streams) -> dict[str, Any]:
         },
         "cases": [],
         "loading": [],
+        "regions": [],
+        "pictures": [],
         "notes": [],
     }

@@ -40,7 +40,8 @@ def join(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
             if other["environment"][key] != first["environment"][key]:
                 told = f"{first['environment'][key]}, {other['environment'][key]}"
                 raise BenchError(f"these results are of different kinds of {key} ({told}): make a table of each")
-    return {**first, **{key: [part for document in documents for part in document[key]] for key in ("cases", "loading", "notes")}}
+    joined = ("cases", "loading", *results.ADDED, "notes")
+    return {**first, **{key: [part for document in documents for part in document[key]] for key in joined}}
 
 
 def show_stored(paths: Sequence[Path], markdown: Path | None, png: Path | None) -> dict[str, Any]:

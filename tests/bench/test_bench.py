@@ -34,7 +34,7 @@ def document(folder):
 
 
 def test_document(document):
-    assert document["schema"] == 1 and document["settings"]["budgets"] == ["1%", "50%", "100%", "equal"]
+    assert document["schema"] == 2 and document["settings"]["budgets"] == ["1%", "50%", "100%", "equal"]
     environment = document["environment"]
     assert environment["device"] == "simulated" and environment["torch"] == torch.__version__ and environment["ram_bytes"] > 0
     slow, fast = document["cases"]
@@ -169,7 +169,7 @@ def test_round_trip_and_schema(document, tmp_path):
     assert results.read(tmp_path / "copy.json") == document
     assert set(document["cases"][0]["results"][0]) == set(Result.__dataclass_fields__)
     for broken, message in (
-        ({**document, "schema": 2}, "schema 2"),
+        ({**document, "schema": 3}, "schema 3"),
         ({**document, "kind": "other"}, "not a result"),
         ({key: value for key, value in document.items() if key != "environment"}, "lacks 'environment'"),
         ({**document, "cases": [{}]}, "case 0 lacks workload"),

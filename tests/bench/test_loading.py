@@ -12,6 +12,8 @@ from lib_async_lowvram.__main__ import main
 from lib_async_lowvram.bench import loading, results
 from lib_async_lowvram.bench.deadline import Deadline
 from lib_async_lowvram.bench.loading import Components, measure_loading
+from lib_async_lowvram.bench.options import BenchError
+from lib_async_lowvram.bench.regions import measure_pictures, measure_regions
 from lib_async_lowvram.device.simulated import SimulatedStreams
 
 
@@ -89,9 +91,55 @@ def test_the_command(monkeypatch, tmp_path, capsys, few):
     assert main(["bench", "loading", "--device", "simulated", "--rounds", "1", "--json", str(path)]) == 0
     document = results.read(path)
     assert document["cases"] == [] and [result["contender"] for result in document["loading"]] == ["stock", "async"]
-    assert "share of link" in capsys.readouterr().out
+    assert len(document["regions"]) == 6 and len(document["pictures"]) == 3
+    told = capsys.readouterr().out
+    assert "share of link" in told and "Unloading and loading each region" in told and "async-ahead" in told
     assert main(["bench", "--from", str(path), "--png", str(tmp_path / "x.png")]) == 2
     assert "no cases to draw" in capsys.readouterr().err
     document["loading"][1]["bitwise_equal"] = False
     path.write_text(json.dumps(document))
     assert main(["bench", "--from", str(path)]) == 1
+
+
+def test_each_region_loads_and_unloads(few, device):
+    found = measure_regions(device, few, rounds=2, seed=0, deadline=Deadline(None))
+    assert [(result["region"], result["contender"]) for result in found] == [
+        (region, contender) for region in ("text", "unet", "vae") for contender in ("stock", "async")
+    ]
+    sizes = few.parameters()
+    assert found[0]["weight_bytes"] == 2 * (sizes["text_encoder"] + sizes["text_encoder_2"])
+    assert found[2]["weight_bytes"] == 2 * sizes["unet"] and found[4]["weight_bytes"] == 2 * sizes["vae"]
+    for result in found:
+        assert result["bitwise_equal"] and result["rounds"] == 2
+        assert result["load_seconds"] > 0 and result["unload_seconds"] >= 0
+
+
+def test_a_pictures_turn_finds_unet_and_vae_fetched(few, device):
+    stock, plain, ahead = measure_pictures(device, few, rounds=2, seed=0, deadline=Deadline(None))
+    assert [result["contender"] for result in (stock, plain, ahead)] == ["stock", "async", "async-ahead"]
+    for result in (stock, plain, ahead):
+        assert result["bitwise_equal"] and result["rounds"] == 2 and result["seconds"] > 0
+        assert result["compute_seconds"].keys() == {"text", "unet", "vae"}
+    assert (stock["fetched_ahead_bytes"], plain["fetched_ahead_bytes"]) == (0, 0)
+    sizes = few.parameters()
+    assert ahead["fetched_ahead_bytes"] >= 2 * (sizes["unet"] + sizes["vae"])  # of the packed units, which are a little larger
+    assert ahead["weight_bytes"] == 2 * sum(sizes.values())
+
+
+def test_one_round_where_there_is_no_time(few, device):
+    for result in measure_pictures(device, few, rounds=3, seed=0, deadline=Deadline(0.0)):
+        assert result["rounds"] == 1
+
+
+def test_a_document_of_schema_1_measured_no_regions(tmp_path):
+    document = {key: [] for key in ("created", "environment", "settings", "cases", "loading", "notes")}
+    document.update(kind=results.KIND, schema=1)
+    results.write(tmp_path / "old.json", document)
+    read = results.read(tmp_path / "old.json")
+    assert read["regions"] == read["pictures"] == [] and results.all_equal(read)
+    read["pictures"].append({"bitwise_equal": False})
+    assert not results.all_equal(read)
+    document["schema"] = results.SCHEMA
+    results.write(tmp_path / "new.json", document)
+    with pytest.raises(BenchError, match="lacks 'regions'"):
+        results.read(tmp_path / "new.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,10 @@ from lib_async_lowvram import AsyncModelMover, NetworkSpec, OffloadConfig, Regio
 from lib_async_lowvram.ahead import Ahead
 from lib_async_lowvram.device.recorder import RecordingStreams
 from lib_async_lowvram.device.simulated import SimulatedStreams
+from lib_async_lowvram.device.staging import Staged
 from lib_async_lowvram.device.streams import Event, Stream, Streams
+from lib_async_lowvram.device.weight_file import FileMaster
+from lib_async_lowvram.pinning import in_flight
 from tests.mover.chains import LEAF_BYTES, Chain, Leaf, call, handed_over, judged, pair, recorded, simulated
 from tests.mover.test_failed_copies import BUS, failing
 from tests.mover.trees import put_in_file
@@ -299,6 +303,37 @@ def test_nothing_after_a_pass_with_gradients() -> None:
     rig.finish()
 
 
+def test_nothing_after_a_learning_pass() -> None:
+    rig = Rig(recorded())
+    rig.mover.detach(["one"])
+    rig.mover.attach({"one": rig.nets["one"]})
+    rig.mover.expect("two")
+    rig.run("one")
+    assert rig.counted("fetched_ahead_bytes") == 0
+    rig.finish()
+
+
+@pytest.mark.parametrize("how", ["modules", "plan"])
+def test_nothing_for_one_that_will_learn_or_plan_anew(how: str) -> None:
+    rig = Rig(recorded())
+    rig.run("one")
+    if how == "modules":
+        rig.both(lambda net: setattr(net.leaves[1], "inner", nn.LayerNorm(2)))
+    else:
+        rig.mover.configure(dataclasses.replace(rig.mover.config, budget_bytes=ROOMY // 2))
+        rig.run("one")
+    assert rig.fetched() == 0
+    rig.finish()
+
+
+def test_nothing_where_memory_was_found_to_be_short() -> None:
+    rig = Rig(recorded())
+    rig.run("one")
+    rig.mover._networks["one"].planning.most_bytes = ROOMY // 2  # as `shed` leaves it
+    assert rig.fetched(passes=1) == 0
+    rig.finish()
+
+
 def test_memory_runs_out_quietly() -> None:
     streams = simulated(capacity_bytes=(FIRST + SECOND) * LEAF_BYTES)
     rig = Rig(streams)
@@ -471,6 +506,45 @@ def test_another_plan_has_the_room_first() -> None:
     rig.finish()
 
 
+def test_given_up_in_flight_and_detached_the_masters_wait_for_the_copies() -> None:
+    rig = Rig(recorded(bandwidth=3e6))
+    rig.fetched()
+    rig.mover._context.ahead.give_up()  # as where the network in use wants the room
+    assert rig.streams.allocated_bytes == FIRST * LEAF_BYTES
+    rig.mover.detach(["two"])
+    rig.streams.check()
+    rig.mover.attach({"two": rig.nets["two"]})
+    rig.finish()
+
+
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("staging", [False, True])
+def test_entered_and_left_at_once_while_copies_are_under_way(staging: bool, changed: bool) -> None:
+    """Those that were fetched, and with `changed` one of its own among them."""
+    rig = Rig(recorded(bandwidth=3e6), **({"pinned_limit_bytes": 3 * LEAF_BYTES} if staging else {}))
+    rig.fetched()
+    if changed:
+        rig.both(write)
+    with torch.no_grad():
+        rig.mover.prepare("two")
+    assert rig.counted("adopted_ahead_bytes") > 0
+    rig.mover.drain()
+    assert rig.streams.allocated_bytes == 0
+    rig.streams.check()
+    rig.finish()
+
+
+@pytest.mark.parametrize("staging", [False, True])
+def test_drained_nothing_is_in_flight(staging: bool) -> None:
+    rig = Rig(recorded(bandwidth=3e6), **({"pinned_limit_bytes": 3 * LEAF_BYTES} if staging else {}))
+    rig.fetched()
+    units = rig.mover._networks["two"].contents.units
+    assert any(unit.copied is not None for unit in units)
+    rig.mover.drain()
+    assert not any(in_flight(unit) for unit in units)
+    rig.finish()
+
+
 # -- out of date -------------------------------------------------------------------------------------------------------
 def write(net: Chain) -> None:
     net.leaves[1].weight.mul_(0.5)
@@ -510,6 +584,17 @@ def test_changed_on_the_host_meanwhile(change: Callable[[Chain], None], slow: bo
     rig.run("two")
     assert rig.counted("adopted_ahead_bytes") < SECOND * LEAF_BYTES
     rig.run("two")
+    rig.finish()
+
+
+def test_changed_before_it_is_fetched() -> None:
+    """What is fetched is the new truth."""
+    rig = Rig(recorded())
+    rig.run("one")
+    rig.both(write)
+    rig.fetched(passes=1)
+    rig.run("two")
+    assert rig.counted("adopted_ahead_bytes") == SECOND * LEAF_BYTES
     rig.finish()
 
 
@@ -605,8 +690,48 @@ def test_from_a_file(tmp_path: Path, change: Callable[[Chain], None] | None) -> 
             rig.both(change)
         rig.run("two")
     assert rig.counted("fetched_ahead_bytes") > 0
+    rig.run("one")
+    in_file = [unit.in_file is not None for unit in rig.mover._networks["two"].contents.units]
+    rig.both(lambda net: net.leaves[3].weight.mul_(0.5))
+    rig.fetched(passes=1)  # what was changed is not packed at the end of another network's pass
+    assert [unit.in_file is not None for unit in rig.mover._networks["two"].contents.units] == in_file
     rig.finish()
     file.close()
+
+
+def test_a_read_that_failed_is_tried_again_when_it_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(recorded(), warm=False)
+    rig.mover.detach(["two"])
+    file = put_in_file(rig.nets["two"], tmp_path / "weights")
+    rig.mover.host.files.append(file)
+    rig.mover.attach({"two": rig.nets["two"]})
+    for _ in range(3):
+        for name in rig.names:
+            rig.run(name)
+    rig.run("one")
+    real, failed = FileMaster.read, []
+
+    def read(master: FileMaster, into: torch.Tensor, start: int) -> None:
+        if not failed:
+            failed.append(True)
+            raise OSError(BUS)
+        real(master, into, start)
+
+    monkeypatch.setattr(FileMaster, "read", read)
+    assert rig.fetched(passes=1) > 0
+    wait_for_the_thread(rig)
+    rig.run("two")
+    assert failed and not rig.mover.last_error
+    assert 0 < rig.counted("adopted_ahead_bytes") < SECOND * LEAF_BYTES
+    rig.finish()
+    file.close()
+
+
+def wait_for_the_thread(rig: Rig) -> None:
+    for copy in rig.mover._networks["two"].kept._held.values():
+        if isinstance(copy.used, Staged):
+            with contextlib.suppress(OSError):
+                copy.used.event()
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

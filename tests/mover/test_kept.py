@@ -130,8 +130,9 @@ def test_taken_over_on_another_thread_everything_is_ordered() -> None:
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_what_is_kept_is_not_overwritten_while_the_learning_pass_reads_it(elsewhere: bool) -> None:
-    """The master was changed on the host since: the copy kept is out of date."""
+@pytest.mark.parametrize("grows", [False, True])
+def test_what_is_kept_is_not_overwritten_while_the_learning_pass_reads_it(elsewhere: bool, grows: bool) -> None:
+    """The master was changed on the host since: the copy kept is out of date, or too small, and freed."""
     streams = recorded()
     net, twin = pair()
     mover = attached(net, streams, ROOMY, passes=0)
@@ -139,6 +140,8 @@ def test_what_is_kept_is_not_overwritten_while_the_learning_pass_reads_it(elsewh
     for model in (net, twin):
         with torch.no_grad():
             model.leaves[2].weight.mul_(0.5)
+            if grows:
+                model.leaves[2].weight = nn.Parameter(torch.cat([model.leaves[2].weight] * 2))
     if elsewhere:
         on_thread(lambda: same(net, twin, streams))
     else:
