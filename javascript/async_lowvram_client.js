@@ -98,6 +98,11 @@ window.asyncLowvram = window.asyncLowvram || {};
             resume() {
                 if (!timer && !inFlight) later();
             },
+            /** What is on its way still comes; nothing after it. */
+            rest() {
+                clearTimeout(timer);
+                timer = null;
+            },
             get asking() {
                 return inFlight !== null;
             },
@@ -130,6 +135,7 @@ window.asyncLowvram = window.asyncLowvram || {};
             model.busy = busy();
             hear("status");
             if (model.busy && open) timelineAsker.resume();
+            else timelineAsker.rest();
         });
         const timelineWanted = () => open && busy();
         const timelineAsker = asker("timeline", ours.TIMELINE_MS, timelineWanted, () => sight && open && !model.problem, (answer) => {

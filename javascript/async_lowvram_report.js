@@ -29,7 +29,10 @@ window.asyncLowvram = window.asyncLowvram || {};
         }
         clean = clean.replace(/\b[a-z][a-z0-9+.-]*:\/\/[^\s"'<>)]+/gi, "<address>");
         // Absolute paths of either kind, at the start or after a space, a quote or the like.
-        clean = clean.replace(/(^|[\s'"`(=:,[])((?:[A-Za-z]:)?[\\/](?:[^\s'"`:,;()<>\]]+))/g, "$1<path>");
+        clean = clean.replace(/(['"`])(?:[A-Za-z]:)?[\\/][^'"`\n]*\1/g, "$1<path>$1");
+        clean = clean.replace(/(^|[\s'"`(=:,[])(?:[A-Za-z]:)?[\\/][^\s'"`:,;()<>\]]*[^\s'"`:,;()<>\].]/g, "$1<path>");
+        // What follows a space in one, and relative ones: a word with a backslash, or with a slash and a file's ending.
+        clean = clean.replace(/[^\s'"`(]*\\[^\s'"`:,;)]*/g, "<path>").replace(/[^\s'"`(=:,]+\/[^\s'"`:,;)]*\.[a-z]\w+/gi, "<path>");
         const name = location.hostname;
         if (name && name !== "localhost" && name.length > 3) clean = clean.split(location.host).join("<host>").split(name).join("<host>");
         return clean;
@@ -61,7 +64,8 @@ window.asyncLowvram = window.asyncLowvram || {};
             `- device: ${or(status.device)}`, `- state: ${state.kind}${reason}`,
         ];
         if (status.restart) lines.push(`- restart: ${status.restart}`);
-        lines.push(`- browser: ${navigator.userAgent}`, `- window: ${window.innerWidth}x${window.innerHeight} at ${window.devicePixelRatio}`);
+        lines.push(`- browser: ${navigator.userAgent}`);
+        lines.push(`- window: ${window.innerWidth}x${window.innerHeight} at ${window.devicePixelRatio}`);
         for (const advice of ours.advices(status, true)) lines.push(`- advice: ${advice}`);
         const options = window.opts && typeof window.opts === "object" ? window.opts : {};
         const names = Object.keys(options).filter((name) => name.startsWith("async_lowvram") || SETTINGS.includes(name));

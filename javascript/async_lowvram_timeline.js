@@ -67,18 +67,20 @@ window.asyncLowvram = window.asyncLowvram || {};
             if (chosen) outline(pen, geometry, colour("text"));
         }
 
-        function box(geometry, span, least) {
+        /** Of a span, at whole pixels of the screen, and at least one of them wide. */
+        function box(geometry, span, pixel) {
             const place = geometry.lanes[span.lane === "stall" ? "compute" : span.lane];
-            const left = geometry.x(span.start), wide = geometry.x(span.end) - left;
-            return [left, place.top + 3, Math.max(least, wide > 3 ? wide - 1 : wide), place.height - 6];
+            const snap = (x) => Math.round(x / pixel) * pixel;
+            const left = Math.min(snap(geometry.x(span.start)), snap(geometry.width) - pixel), wide = snap(geometry.x(span.end)) - left;
+            return [left, place.top + 3, Math.max(pixel, wide > 3 ? wide - 1 : wide), place.height - 6];
         }
 
-        function drawLane(pen, geometry, lane, colour, least) {
+        function drawLane(pen, geometry, lane, colour, pixel) {
             const {top, height} = geometry.lanes[lane];
             pen.fillStyle = colour("lane");
             pen.fillRect(0, top + 1, geometry.width, height - 2);
             for (const span of read.lanes[lane]) {
-                const place = box(geometry, span, least);
+                const place = box(geometry, span, pixel);
                 pen.fillStyle = colour(span.lane);
                 pen.fillRect(...place);
                 if (span.lane === "stall") hatch(pen, place, colour("hatch"));

@@ -23,14 +23,14 @@ window.asyncLowvram = window.asyncLowvram || {};
             h("th", {scope: "col"}, [t("Moving")]), h("th", {scope: "col"}, [t("time per pass")]), h("th", {scope: "col"}, [t("speed")]),
         ])]), body]);
         const root = h("section", {className: "alv-section alv-trial"}, [words, progress, table, verdict]);
-        let pressed = "", shown = null;
+        let pressed = "", shown = null, asking = false;
 
         async function press(starts) {
-            const button = starts ? start : stop;
-            button.disabled = true;
+            if (asking) return;
+            asking = true; // the buttons are not disabled: the one that is pressed would lose the focus
             pressed = "";
             const answer = await ask(starts);
-            button.disabled = false;
+            asking = false;
             if (!answer.ok) {
                 const reason = answer.reason ? t(answer.reason) : answer.code ? `HTTP ${answer.code}` : t("No answer from the WebUI");
                 pressed = starts ? t("The trial was not started: {reason}", {reason}) : t("The trial was not stopped: {reason}", {reason});
