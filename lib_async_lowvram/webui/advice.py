@@ -30,6 +30,9 @@ SPARE_BYTES = 512 * MB
 FAR_BEHIND = 0.5
 """Schedule efficiency below which something outside the schedule holds passes up."""
 
+BEHIND = 0.85
+"""The same, where nothing is known to be wrong."""
+
 NEARLY_FULL = 0.05
 """Share of device memory that is free, below which the driver of Windows may have moved some to main memory."""
 
@@ -53,6 +56,8 @@ TEXTS = {
     "not 100%.",
     "slicing": "{method} attention slices by free memory, so pictures depend on how much happens to be free: choose sdp-no-mem in "
     "Settings, Optimizations, for pictures that do not, and for a larger automatic budget.",
+    "held_up": "Steps take {ms} ms where {planned} ms were planned, and not for copies: other programs on the GPU or the CPU may hold "
+    "them up.",
     "compute_bound": "Compute-bound: weights arrive in time, {percent}% of the fastest possible. Nothing to change.",
     "at_best": "At {percent}% of the best schedule for this budget. Nothing to change.",
 }
@@ -175,7 +180,9 @@ def _late(status: Mapping[str, Any]) -> float:
 
 def _fine(status: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     best, efficiency = status.get("schedule_efficiency"), status.get("efficiency")
-    if status.get("bound") == "compute" and efficiency:
+    if best and best < BEHIND and status.get("pass_seconds") and status.get("best_schedule_seconds"):
+        yield "held_up", {"ms": _ms(status["pass_seconds"]), "planned": _ms(status["best_schedule_seconds"])}
+    elif status.get("bound") == "compute" and efficiency:
         yield "compute_bound", {"percent": round(100 * min(1.0, efficiency))}
     elif best:
         yield "at_best", {"percent": round(100 * min(1.0, best))}

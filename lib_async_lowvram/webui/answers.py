@@ -28,6 +28,7 @@ class Answers:
     _retries: Retries
     _host_models: Any
     _enabled: bool
+    _forced: bool | None
     _demoted: str | None
     _last_error: str | None
 
@@ -50,7 +51,7 @@ class Answers:
         if self._demoted:
             status.update(state="demoted", reason=self._demoted)
         elif not self._enabled:
-            status.update(state="standing_down", reason=SWITCHED_OFF)
+            status.update(state="standing_down", reason=SWITCHED_OFF if self._forced is None else "a trial measures stock's moves")
         elif not self._models:
             none = self._host_models.model_data.sd_model is None
             status.update(state="standing_down", reason="no model is loaded yet" if none else "this model is left to the WebUI")

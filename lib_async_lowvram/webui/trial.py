@@ -89,12 +89,12 @@ class Trial:
 
     def start(self) -> tuple[bool, str]:
         """Queue a trial. Whether one was, and why not."""
-        reason = self._pictures.refusal()
-        if reason:
-            return False, reason
         with self._lock:
             if self._state in ("waiting", "running"):
                 return False, "a trial is under way already"
+            reason = self._pictures.refusal()
+            if reason:
+                return False, reason
             self._state, self._reason, self._progress, self._result, self._stopping = "waiting", "", 0.0, None, False
         self._make_thread(target=self._run, name="async-lowvram-trial", daemon=True).start()
         return True, ""

@@ -104,7 +104,11 @@ class TrialPictures:
         self._force(asynchronous)
         state.begin(job=JOB)
         try:
-            return self._make(model, steps)
+            made = self._make(model, steps)
+            refused = self._why_not() if asynchronous else ""
+            if refused:  # given way to stock in the middle of it, say
+                raise RuntimeError(refused)
+            return made
         finally:
             interrupted = state.interrupted or state.stopping_generation
             state.end()
@@ -142,9 +146,6 @@ class TrialPictures:
             p.close()
         if self._host_shared.state.interrupted:
             raise Stopped
-        refused = self._why_not()
-        if refused:
-            raise RuntimeError(refused)
         if len(starts) < 2 or not processed.images:
             raise RuntimeError("the picture was not made by the WebUI's own UNet (is another one chosen as SD Unet?)")
         return Made(self._between(starts), b"".join(image.tobytes() for image in processed.images))

@@ -36,6 +36,10 @@ def said(status, host=None) -> list[str]:
 ROWS = [
     (GOOD, Host(), "Compute-bound: weights arrive in time, 95% of the fastest possible. Nothing to change."),
     ({**COPY, "stall_seconds": 0.001}, Host(), "At 98% of the best schedule for this budget. Nothing to change."),
+    (
+        {**GOOD, "pass_seconds": 0.3, "efficiency": 0.63, "schedule_efficiency": 0.65}, Host(),
+        "Steps take 300 ms where 195 ms were planned, and not for copies: other programs on the GPU or the CPU may hold them up.",
+    ),
     # 60 ms at 10 GB/s are 573 MB, in steps of 256
     (COPY, Host(budget_bytes=1000 * MB), "Copy-bound: 768 MB more budget would save about 60 ms per step."),
     # no more than is free, less what stays so
