@@ -131,13 +131,10 @@ def plot(server: Server, axis: str, values: str) -> list[str]:
     arguments = [argument["value"] for argument in info["args"]]
     arguments[labels.index("X type")] = choices.index(axis)
     arguments[labels.index("X values")] = values
-    for place, label in enumerate(labels):
-        if label in ("Y type", "Z type"):
-            arguments[place] = 0
-        if label in ("Y values", "Z values"):
-            arguments[place] = ""
-        if isinstance(arguments[place], list) and not arguments[place]:
-            arguments[place] = []
+    for label in ("Y type", "Z type"):
+        arguments[labels.index(label)] = 0
+    for label in ("Include Sub Images", "Use text inputs instead of dropdowns"):
+        arguments[labels.index(label)] = True
     return server.pictures("txt2img", {**JOB, "script_name": PLOT, "script_args": arguments})
 
 
