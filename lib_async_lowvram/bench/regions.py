@@ -39,7 +39,7 @@ PARTS = {"text": ("text_encoder", "text_encoder_2"), "unet": ("unet",), "vae": (
 """Region -> its components. SDXL's text encoders are one region to the WebUI."""
 
 PROMPTS, UNET_PASSES = 2, 4
-SIDE, SIMULATED_SIDE = 1024, 128
+SIDE, SIMULATED_SIDE = 2048, 128
 """Of the matrices that are multiplied."""
 
 CONTENDERS = ("stock", "async", "async-ahead")
@@ -94,21 +94,19 @@ class Busy(nn.Module):
 
 
 def measure_pictures(device: Streams, components: Components, rounds: int, seed: int, deadline: Deadline) -> list[dict[str, Any]]:
-    """One result per contender, JSON-ready. They take turns, one picture each. At least one round of each. Raises as
-    `measure_regions`."""
+    """One result per contender, JSON-ready. One contender after the other: movers refuse each other's modules. At least one round of each.
+    Raises as `measure_regions`."""
     bandwidth = _link(device)
     matrix = _matrix(device)
     per_product = _seconds_per_product(matrix, device)
     parts = {
-        region: nn.Sequential(*(_busy(each, matrix, per_product, bandwidth) for each in _layers(_part(components, names), seed, device)))
-        for region, names in PARTS.items()
+        region: _busy(_layers(_part(components, names), seed, device), matrix, per_product * bandwidth) for region, names in PARTS.items()
     }
     total = sum(map(_nbytes, parts.values()))
     times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     outputs: dict[str, torch.Tensor] = {}
     ahead: dict[str, int] = {}
     with contextlib.ExitStack() as stack, torch.no_grad():
-        # One at a time has the modules: movers refuse each other's.
         for name in CONTENDERS:
             streams = _open(device, stack, 2 * sum(map(_room, parts.values())), bandwidth)
             with contextlib.ExitStack() as over:
@@ -207,8 +205,14 @@ def _layers(components: Components, seed: int, device: Streams) -> list[Layer]:
     return [module for module in components.build(seed, device.device).modules() if isinstance(module, Layer)]
 
 
-def _busy(layer: Layer, matrix: torch.Tensor, per_product: float, bandwidth: float) -> Busy:
-    return Busy(layer, matrix, max(1, round(_nbytes(layer) / bandwidth / per_product)))
+def _busy(layers: list[Layer], matrix: torch.Tensor, bytes_per_product: float) -> nn.Sequential:
+    """Products as evenly as whole ones can be: small layers have none, and the next one makes up for it."""
+    found, nbytes, before = [], 0, 0
+    for layer in layers:
+        nbytes += _nbytes(layer)
+        found.append(Busy(layer, matrix, round(nbytes / bytes_per_product) - before))
+        before = round(nbytes / bytes_per_product)
+    return nn.Sequential(*found)
 
 
 def _computing(parts: dict[str, nn.Module], per_product: float) -> dict[str, float]:
@@ -222,7 +226,7 @@ def _matrix(device: Streams) -> torch.Tensor:
     return torch.eye(side, dtype=dtype, device=device.device)
 
 
-def _seconds_per_product(matrix: torch.Tensor, device: Streams, times: int = 200) -> float:
+def _seconds_per_product(matrix: torch.Tensor, device: Streams, times: int = 100) -> float:
     """Median of five runs after one that does not count."""
     seconds = []
     for _ in range(6):
