@@ -42,4 +42,4 @@ $(TEST_READY): $(DEMO_READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-py310 demo build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-py310 .venv-browser demo build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -64,10 +64,10 @@ def build_page() -> gradio.Blocks:
                                     gradio.Gallery(elem_id=f"{tab}_gallery", show_label=False, height=300)
             with gradio.TabItem("Settings", id="settings", elem_id="tab_settings"):
                 gradio.Markdown("nothing of ours here")
-        gradio.HTML(
-            '<div class="versions">version: <a href="https://example.invalid/commit/abc">v1.10.1</a>\u2000•\u2000python: 3.10.6\u2000•\u2000'
-            "torch: 2.1.2+cu121\u2000•\u2000xformers: N/A\u2000•\u2000gradio: 3.41.2\u2000•\u2000checkpoint: <a>6ce0161689</a></div>"
-        )
+        gap = "\u2000•\u2000"
+        versions = ["python: 3.10.6", "torch: 2.1.2+cu121", "xformers: N/A", "gradio: 3.41.2", "checkpoint: <a>6ce0161689</a>"]
+        link = '<a href="https://example.invalid/commit/abc">v1.10.1</a>'
+        gradio.HTML(f'<div class="versions">{gap.join([f"version: {link}", *versions])}</div>')
     return page
 
 

@@ -44,7 +44,11 @@ ACTIVE: dict[str, Any] = {
     },
     "disk": None,
     "advices": [
-        {"id": "more_budget", "text": "Copy-bound: {mb} MB more budget would save about {ms} ms per step.", "values": {"mb": 300, "ms": 60}},
+        {
+            "id": "more_budget",
+            "text": "Copy-bound: {mb} MB more budget would save about {ms} ms per step.",
+            "values": {"mb": 300, "ms": 60},
+        },
         {"id": "cond_uncond", "text": "“Batch cond/uncond” is off: every step moves the weights twice.", "values": {}},
     ],
     "advice": "Copy-bound: 300 MB more budget would save about 60 ms per step.",
@@ -83,11 +87,22 @@ def active(**changes: Any) -> dict[str, Any]:
 def learning(**changes: Any) -> dict[str, Any]:
     """Nothing measured yet: what can be unknown is null."""
     vram = {"total": None, "resident": 0, "ring": 0, "activations": None, "others": None, "free": None, "budget": 0}
-    return active(**{
-        **UNKNOWN, "state": "learning", "reason": "no network has finished its learning pass and a streamed pass yet", "vram": vram,
-        "streamed_bytes_per_pass": 0, "preview": {"decoded": 0, "skipped": 0, "decode_seconds": 0.0, "errors": 0}, "advices": [], "advice": "",
-        "host_bytes": 0, "pinned_bytes": 0, "messages": [], **changes,
-    })
+    return active(
+        **{
+            **UNKNOWN,
+            "state": "learning",
+            "reason": "no network has finished its learning pass and a streamed pass yet",
+            "vram": vram,
+            "streamed_bytes_per_pass": 0,
+            "preview": {"decoded": 0, "skipped": 0, "decode_seconds": 0.0, "errors": 0},
+            "advices": [],
+            "advice": "",
+            "host_bytes": 0,
+            "pinned_bytes": 0,
+            "messages": [],
+            **changes,
+        }
+    )
 
 
 def standing_down(**changes: Any) -> dict[str, Any]:

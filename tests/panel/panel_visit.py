@@ -34,7 +34,10 @@ class Visit:
     ) -> None:
         self.answers, self.errors = answers, []
         self.context = browser.new_context(
-            viewport={"width": width, "height": height}, device_scale_factor=scale, reduced_motion=reduced_motion, permissions=permissions or []
+            viewport={"width": width, "height": height},
+            device_scale_factor=scale,
+            reduced_motion=reduced_motion,
+            permissions=permissions or [],
         )
         page = self.page = self.context.new_page()
         self.context.set_default_timeout(20_000)

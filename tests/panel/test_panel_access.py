@@ -17,8 +17,8 @@ CONTRAST = """
         return [...pen.getImageData(0, 0, 1, 1).data];
     }
     const css = (one) => `rgb(${one[0]} ${one[1]} ${one[2]})`;
-    const light = ([r, g, b]) => [r, g, b].map((one) => one / 255).map((one) => (one <= 0.03928 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4))
-        .reduce((sum, one, at) => sum + one * [0.2126, 0.7152, 0.0722][at], 0);
+    const straight = (one) => (one <= 0.03928 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4);
+    const light = (colour) => [0.2126, 0.7152, 0.0722].reduce((sum, weight, at) => sum + weight * straight(colour[at] / 255), 0);
     function ground(element) {
         const layers = [];
         for (let at = element; at; at = at.parentElement) layers.push(at);
@@ -75,9 +75,13 @@ def test_marks_can_be_seen(visit, answers, dark):
     weak = panel.page.evaluate(
         """() => {
             const root = document.querySelector("#async_lowvram"), pen = document.createElement("canvas").getContext("2d");
-            const rgb = (colour) => { pen.fillStyle = colour; pen.fillRect(0, 0, 1, 1); return [...pen.getImageData(0, 0, 1, 1).data.slice(0, 3)]; };
-            const light = (three) => three.map((one) => one / 255).map((one) => (one <= 0.03928 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4))
-                .reduce((sum, one, at) => sum + one * [0.2126, 0.7152, 0.0722][at], 0);
+            function rgb(colour) {
+                pen.fillStyle = colour;
+                pen.fillRect(0, 0, 1, 1);
+                return [...pen.getImageData(0, 0, 1, 1).data.slice(0, 3)];
+            }
+            const straight = (one) => (one <= 0.03928 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4);
+            const light = (three) => [0.2126, 0.7152, 0.0722].reduce((sum, weight, at) => sum + weight * straight(three[at] / 255), 0);
             const style = getComputedStyle(root), ground = light(rgb(style.backgroundColor));
             return ["copy", "compute", "stall", "preview", "others", "activations", "good", "warn", "bad"].filter((name) => {
                 const mark = light(rgb(style.getPropertyValue(`--alv-${name}`)));
@@ -126,12 +130,14 @@ def test_by_keyboard_alone(visit, answers):
     walked = []
     for _ in range(4):
         panel.page.keyboard.press("Tab")
-        walked.append(panel.page.evaluate(
-            """() => {
+        walked.append(
+            panel.page.evaluate(
+                """() => {
                 const at = document.activeElement, style = getComputedStyle(at);
                 return [at.dataset.do || at.tagName.toLowerCase(), style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2];
             }"""
-        ))
+            )
+        )
     assert walked == [["canvas", True], ["try", True], ["report", True], ["summary", True]]
     panel.page.keyboard.press("Enter")
     panel.page.wait_for_selector("#async_lowvram .alv-messages", state="visible")
@@ -156,12 +162,18 @@ def test_everything_has_a_name(visit, answers):
     fill(panel, answers)
     snapshot = panel.page.locator("#async_lowvram").aria_snapshot()
     for line in (
-        'button "Details" [expanded]', 'button "Try it"', 'button "Copy report"', 'meter "VRAM"', 'table "512x512, batch 2 · 6 passes each"',
-        'application "unet: 397 ms, copying 83%', 'rowheader "Stock"', 'heading "VRAM 4.00 GB"',
+        'button "Details" [expanded]',
+        'button "Try it"',
+        'button "Copy report"',
+        'meter "VRAM"',
+        'table "512x512, batch 2 · 6 passes each"',
+        'application "unet: 397 ms, copying 83%',
+        'rowheader "Stock"',
+        'heading "VRAM 4.00 GB"',
     ):
         assert line in snapshot, line
     nameless = panel.page.evaluate(
-        """() => [...document.querySelectorAll("#async_lowvram :is(button, textarea, [role=meter], [role=progressbar], [role=application])")]
+        """() => [...document.querySelectorAll("#async_lowvram :is(button, textarea, canvas, [role=meter], [role=progressbar])")]
             .filter((one) => !(one.getAttribute("aria-label") || one.textContent).trim()).map((one) => one.outerHTML)"""
     )
     assert nameless == []
@@ -203,17 +215,21 @@ def test_states_differ_in_shape(visit, answers):
     for status in (active(), active(state="learning"), standing_down(), active(state="demoted", reason="x"), 500):
         answers.status = status
         panel = visit()
-        forms.add(panel.page.eval_on_selector(
-            "#async_lowvram .alv-dot",
-            """(dot) => {
+        forms.add(
+            panel.page.eval_on_selector(
+                "#async_lowvram .alv-dot",
+                """(dot) => {
                 const style = getComputedStyle(dot), filled = style.backgroundColor !== "rgba(0, 0, 0, 0)";
                 return [style.borderRadius, style.transform, filled, style.backgroundImage.startsWith("linear")].join();
             }""",
-        ))
+            )
+        )
     assert len(forms) == 5
 
 
 def test_no_motion_where_none_is_wanted(visit):
-    moves = "() => [...document.querySelectorAll('#async_lowvram *')].some((one) => parseFloat(getComputedStyle(one).transitionDuration) > 0)"
+    moves = (
+        "() => [...document.querySelectorAll('#async_lowvram *')].some((one) => parseFloat(getComputedStyle(one).transitionDuration) > 0)"
+    )
     assert visit().page.evaluate(moves) is True
     assert visit(reduced_motion="reduce").page.evaluate(moves) is False

@@ -33,7 +33,12 @@ def test_a_script(path):
         assert forbidden not in code, forbidden
     # Everything in a function, but for the one global.
     statements = [line for line in code.splitlines() if line and not line[0].isspace()]
-    assert statements == ['"use strict";', "window.asyncLowvram = window.asyncLowvram || {};", "(function(ours) {", "})(window.asyncLowvram);"]
+    assert statements == [
+        '"use strict";',
+        "window.asyncLowvram = window.asyncLowvram || {};",
+        "(function(ours) {",
+        "})(window.asyncLowvram);",
+    ]
 
 
 def test_texts_are_literals():
@@ -49,5 +54,7 @@ def test_texts_are_literals():
 def test_styles_stay_with_the_panel():
     text = re.sub(r"/\*.*?\*/", "", (ROOT / "style.css").read_text(encoding="utf-8"), flags=re.S)
     selectors = [one.strip() for one in re.findall(r"([^{}]+)\{", text)]
-    strangers = [one for one in selectors if not one.startswith("@") and not all(".async-lowvram" in part for part in re.split(r",(?![^(]*\))", one))]
+    strangers = [
+        one for one in selectors if not one.startswith("@") and not all(".async-lowvram" in part for part in re.split(r",(?![^(]*\))", one))
+    ]
     assert not strangers

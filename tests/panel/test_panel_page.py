@@ -62,8 +62,11 @@ def test_without_the_webuis_helpers(visit, answers):
 
 def test_a_page_without_our_places(visit, answers):
     """Another host's: nothing is put in, nothing is asked, nothing fails."""
-    panel = visit(before="new MutationObserver(() => document.querySelectorAll('[id$=_results]').forEach((one) => one.remove()))"
-                  ".observe(document, {childList: true, subtree: true});", wait=False)
+    panel = visit(
+        before="new MutationObserver(() => document.querySelectorAll('[id$=_results]').forEach((one) => one.remove()))"
+        ".observe(document, {childList: true, subtree: true});",
+        wait=False,
+    )
     panel.page.wait_for_selector("#txt2img_prompt")
     panel.wait_until("() => window.asyncLowvram.client")
     assert panel.page.locator("#async_lowvram").count() == 0 and answers.asked == []
@@ -71,8 +74,10 @@ def test_a_page_without_our_places(visit, answers):
 
 def test_a_version_without_the_results_panel(visit):
     """Before 1.7 the gallery's container stands in the results itself."""
-    panel = visit(before="new MutationObserver(() => document.querySelectorAll('[id$=_results_panel]').forEach((one) => one.removeAttribute('id')))"
-                  ".observe(document, {childList: true, subtree: true});")
+    panel = visit(
+        before="new MutationObserver(() => document.querySelectorAll('[id$=_results_panel]').forEach((one) => one.removeAttribute('id')))"
+        ".observe(document, {childList: true, subtree: true});"
+    )
     assert panel.page.evaluate(BEFORE) == "txt2img_gallery_container"
 
 
@@ -103,16 +108,19 @@ def test_under_a_subpath(chromium):
         server.close()
 
 
-@pytest.mark.parametrize("page, root, address", [
-    ("/", "", "/async-lowvram/status"),
-    ("/", "http://elsewhere:7860/", "/async-lowvram/status"),
-    ("/sd/", "", "/sd/async-lowvram/status"),
-    ("/sd/", "/sd", "/sd/async-lowvram/status"),
-    ("/sd", "/sd", "/sd/async-lowvram/status"),
-    ("/sd", "http://127.0.0.1/sd/", "/sd/async-lowvram/status"),
-    ("/sd-other/", "/sd", "/sd-other/async-lowvram/status"),
-    ("/proxied/", "/", "/proxied/async-lowvram/status"),
-])
+@pytest.mark.parametrize(
+    "page, root, address",
+    [
+        ("/", "", "/async-lowvram/status"),
+        ("/", "http://elsewhere:7860/", "/async-lowvram/status"),
+        ("/sd/", "", "/sd/async-lowvram/status"),
+        ("/sd/", "/sd", "/sd/async-lowvram/status"),
+        ("/sd", "/sd", "/sd/async-lowvram/status"),
+        ("/sd", "http://127.0.0.1/sd/", "/sd/async-lowvram/status"),
+        ("/sd-other/", "/sd", "/sd-other/async-lowvram/status"),
+        ("/proxied/", "/", "/proxied/async-lowvram/status"),
+    ],
+)
 def test_addresses(visit, page, root, address):
     found = visit().page.evaluate(
         """([page, root]) => {
@@ -156,15 +164,37 @@ def test_in_the_users_language(visit, answers):
 
 def test_what_the_server_says_is_text(visit, answers):
     """Names of models and messages of other programs get there: never as HTML."""
-    evil = "<img src=x onerror=\"window.hacked=1\"><script>window.hacked=2</script>{mb}"
+    evil = '<img src=x onerror="window.hacked=1"><script>window.hacked=2</script>{mb}'
     answers.status = active(
-        device=evil, version=evil, network=evil, restart=evil, worst_stall={"unit": evil, "seconds": 0.001},
-        advices=[{"id": "x", "text": evil, "values": {"mb": evil}}], messages=[{"at": 1, "level": evil, "text": evil, "count": 1}],
-        trial={"state": "done", "progress": 1, "reason": evil, "result": {"shape": evil, "passes": 1, "stock_seconds": 1, "async_seconds": 1,
-                                                                        "limit_seconds": None, "ratio": 1, "equal": True}},
+        device=evil,
+        version=evil,
+        network=evil,
+        restart=evil,
+        worst_stall={"unit": evil, "seconds": 0.001},
+        advices=[{"id": "x", "text": evil, "values": {"mb": evil}}],
+        messages=[{"at": 1, "level": evil, "text": evil, "count": 1}],
+        trial={
+            "state": "done",
+            "progress": 1,
+            "reason": evil,
+            "result": {
+                "shape": evil,
+                "passes": 1,
+                "stock_seconds": 1,
+                "async_seconds": 1,
+                "limit_seconds": None,
+                "ratio": 1,
+                "equal": True,
+            },
+        },
     )
-    answers.timeline = {"schema": 1, "network": evil, "seconds": 1, "age_seconds": 0,
-                        "spans": [{"lane": "compute", "name": evil, "start": 0, "end": 1, "bytes": 0}]}
+    answers.timeline = {
+        "schema": 1,
+        "network": evil,
+        "seconds": 1,
+        "age_seconds": 0,
+        "spans": [{"lane": "compute", "name": evil, "start": 0, "end": 1, "bytes": 0}],
+    }
     panel = visit()
     panel.open()
     panel.settle()

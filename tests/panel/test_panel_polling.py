@@ -1,4 +1,4 @@
-"""When the panel asks: once a second in sight and in a job, once at the ends, never when nobody can see it. The page's clock is the test's."""
+"""When the panel asks: once a second in sight and in a job, once at the ends, never when nobody can see it. Time is the test's."""
 
 from __future__ import annotations
 

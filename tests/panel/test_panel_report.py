@@ -21,17 +21,22 @@ def told(visit, answers):
     def go(**how):
         said = " and ".join([*SECRETS.values(), *(["webui.test"] if how.get("named") else [])])
         answers.status = active(
-            reason=said, last_error=said, device=f"GPU of {SECRETS['unix']}",
+            reason=said,
+            last_error=said,
+            device=f"GPU of {SECRETS['unix']}",
             messages=[{"at": 1700000000, "level": "error", "text": f"it failed: ```{said}```", "count": 2}],
             advices=[{"id": "x", "text": "Look at {what}.", "values": {"what": SECRETS["unix"]}}],
-            prompt=SECRETS["prompt"], checkpoint_path=SECRETS["unix"], networks={"unet": {"file": SECRETS["windows"], "passes": 3}},
+            prompt=SECRETS["prompt"],
+            checkpoint_path=SECRETS["unix"],
+            networks={"unet": {"file": SECRETS["windows"], "passes": 3}},
             trial=trial("failed", 0.5, said),
         )
         panel = visit(permissions=["clipboard-read", "clipboard-write"] if not how.get("named") else [], **how)
         panel.page.fill("#txt2img_prompt textarea", SECRETS["prompt"])
         panel.page.evaluate(
             """() => {
-                window.opts = {async_lowvram_enabled: true, async_lowvram_budget_mb: 1200, batch_cond_uncond: false, outdir_samples: "/home/anna",
+                window.opts = {async_lowvram_enabled: true, async_lowvram_budget_mb: 1200, batch_cond_uncond: false,
+                               outdir_samples: "/home/anna",
                                samples_filename_pattern: "[prompt]", cross_attention_optimization: "Automatic"};
                 const box = document.createElement("div");
                 box.id = "img2img_neg_prompt";
@@ -60,10 +65,21 @@ def test_on_the_clipboard(told):
     text = panel.page.evaluate("() => navigator.clipboard.readText()")
     check(text)
     for line in (
-        "### Async LowVRAM report", "- version: 1.0.0, schema 1", "- host: version: v1.10.1, python: 3.10.6, torch: 2.1.2+cu121, xformers: N/A, "
-        "gradio: 3.41.2", "- device: GPU of <path>", "async_lowvram_budget_mb: 1200", "async_lowvram_enabled: true", "batch_cond_uncond: false",
-        "cross_attention_optimization: Automatic", "budget_bytes: 1258291200", "pass_seconds: 0.412", "disk: not known",
-        "vram.total: 4294967296", "networks.unet.passes: 3", "worst_stall.unit: unet.input_blocks.1.0.in_layers.2", "- advice: Look at <path>.",
+        "### Async LowVRAM report",
+        "- version: 1.0.0, schema 1",
+        "- host: version: v1.10.1, python: 3.10.6, torch: 2.1.2+cu121, xformers: N/A, gradio: 3.41.2",
+        "- device: GPU of <path>",
+        "async_lowvram_budget_mb: 1200",
+        "async_lowvram_enabled: true",
+        "batch_cond_uncond: false",
+        "cross_attention_optimization: Automatic",
+        "budget_bytes: 1258291200",
+        "pass_seconds: 0.412",
+        "disk: not known",
+        "vram.total: 4294967296",
+        "networks.unet.passes: 3",
+        "worst_stall.unit: unet.input_blocks.1.0.in_layers.2",
+        "- advice: Look at <path>.",
     ):
         assert line in text.split("\n"), line
     assert "- state: active: <prompt> and <prompt> and <path>" in text
@@ -119,19 +135,25 @@ def test_without_the_extension(visit, answers):
     assert "- state: missing" in text and "- version: not known, schema not known" in text
 
 
-@pytest.mark.parametrize("text, clean", [
-    ("half of 1/2 GB at 3 MB/s; and/or nothing", "half of 1/2 GB at 3 MB/s; and/or nothing"),
-    ("unet.input_blocks.1.0: 12.3 ms", "unet.input_blocks.1.0: 12.3 ms"),
-    ("cannot open '/srv/x.ckpt'", "cannot open '<path>'"),
-    (r"cannot open D:\x\y.ckpt now", "cannot open <path> now"),
-    (r"on \\server\share\x", "on <path>"),
-    (r"in C:\Users\Anna Smith\models\x.ckpt: gone", "in <path> <path>: gone"),
-    ("in '/home/anna smith/x.ckpt' it", "in '<path>' it"),
-    ("in /home/anna smith/x.ckpt it", "in <path> <path> it"),
-    ("in models/x.ckpt.", "in <path>."),
-    ("Mozilla/5.0 AppleWebKit/537.36 (KHTML, like Gecko) Chrome/156.0.0.0", "Mozilla/5.0 AppleWebKit/537.36 (KHTML, like Gecko) Chrome/156.0.0.0"),
-    ("see https://example.org/a?b=c.", "see <address>"),
-    ("file:///home/anna/x", "<address>"),
-])
+@pytest.mark.parametrize(
+    "text, clean",
+    [
+        ("half of 1/2 GB at 3 MB/s; and/or nothing", "half of 1/2 GB at 3 MB/s; and/or nothing"),
+        ("unet.input_blocks.1.0: 12.3 ms", "unet.input_blocks.1.0: 12.3 ms"),
+        ("cannot open '/srv/x.ckpt'", "cannot open '<path>'"),
+        (r"cannot open D:\x\y.ckpt now", "cannot open <path> now"),
+        (r"on \\server\share\x", "on <path>"),
+        (r"in C:\Users\Anna Smith\models\x.ckpt: gone", "in <path> <path>: gone"),
+        ("in '/home/anna smith/x.ckpt' it", "in '<path>' it"),
+        ("in /home/anna smith/x.ckpt it", "in <path> <path> it"),
+        ("in models/x.ckpt.", "in <path>."),
+        (
+            "Mozilla/5.0 AppleWebKit/537.36 (KHTML, like Gecko) Chrome/156.0.0.0",
+            "Mozilla/5.0 AppleWebKit/537.36 (KHTML, like Gecko) Chrome/156.0.0.0",
+        ),
+        ("see https://example.org/a?b=c.", "see <address>"),
+        ("file:///home/anna/x", "<address>"),
+    ],
+)
 def test_scrub(visit, text, clean):
     assert visit().page.evaluate("(text) => window.asyncLowvram.scrub(text)", text) == clean

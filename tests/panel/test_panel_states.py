@@ -66,9 +66,15 @@ def test_learning_in_a_job(visit, answers):
     assert visit().text(".alv-state") == "Learning: the first step of each network is watched"
 
 
-@pytest.mark.parametrize("change, missing", [
-    ({"stock_pass_seconds": None}, 1), ({"stock_pass_seconds": 0.0}, 1), ({"efficiency": None}, 2), ({"pass_seconds": None}, 0),
-])
+@pytest.mark.parametrize(
+    "change, missing",
+    [
+        ({"stock_pass_seconds": None}, 1),
+        ({"stock_pass_seconds": 0.0}, 1),
+        ({"efficiency": None}, 2),
+        ({"pass_seconds": None}, 0),
+    ],
+)
 def test_a_figure_that_is_not_known_is_left_out(visit, answers, change, missing):
     answers.status = active(**change)
     shown = figures_of(visit())
@@ -85,12 +91,15 @@ def test_the_speed_is_the_unets(visit, answers):
     assert panel.text(".alv-section:has(.alv-passes) .alv-heading") == "Time per pass vae"
 
 
-@pytest.mark.parametrize("status, state, text", [
-    (standing_down(), "standing_down", "Standing down: the WebUI was started without --lowvram"),
-    (standing_down(reason=""), "standing_down", "Standing down: no reason given"),
-    (active(state="demoted", reason="a copy failed"), "demoted", "Gave way to stock: a copy failed"),
-    (active(state="something new"), "demoted", "A state this page does not know: reload the page"),
-])
+@pytest.mark.parametrize(
+    "status, state, text",
+    [
+        (standing_down(), "standing_down", "Standing down: the WebUI was started without --lowvram"),
+        (standing_down(reason=""), "standing_down", "Standing down: no reason given"),
+        (active(state="demoted", reason="a copy failed"), "demoted", "Gave way to stock: a copy failed"),
+        (active(state="something new"), "demoted", "A state this page does not know: reload the page"),
+    ],
+)
 def test_it_does_nothing_and_says_why(visit, answers, status, state, text):
     answers.status = status
     panel = visit()
@@ -172,8 +181,9 @@ def test_vram_bar(visit):
     bar = panel.page.locator("#async_lowvram .alv-bar")
     inner = bar.evaluate("(bar) => bar.clientWidth")
     widths = panel.page.eval_on_selector_all(
-        "#async_lowvram .alv-part", "(parts) => Promise.all(parts.map((part) => Promise.all(part.getAnimations().map((one) => one.finished))))"
-        ".then(() => Object.fromEntries(parts.map((part) => [part.dataset.part, part.getBoundingClientRect().width])))"
+        "#async_lowvram .alv-part",
+        "(parts) => Promise.all(parts.map((part) => Promise.all(part.getAnimations().map((one) => one.finished))))"
+        ".then(() => Object.fromEntries(parts.map((part) => [part.dataset.part, part.getBoundingClientRect().width])))",
     )
     expected = {"resident": 700, "ring": 180, "activations": 900, "others": 600, "free": 1716}
     assert set(widths) == set(expected)
@@ -190,14 +200,28 @@ def test_vram_bar(visit):
 
 def test_vram_of_a_device_of_unknown_size(visit, answers):
     """The parts that are known, in proportion to each other and to the budget; the others are dashes."""
-    answers.status = active(vram={
-        "total": None, "resident": 300 * MB, "ring": 100 * MB, "activations": None, "others": None, "free": None, "budget": 800 * MB,
-    })
+    answers.status = active(
+        vram={
+            "total": None,
+            "resident": 300 * MB,
+            "ring": 100 * MB,
+            "activations": None,
+            "others": None,
+            "free": None,
+            "budget": 800 * MB,
+        }
+    )
     panel = visit()
     panel.open()
     sizes = panel.texts(".alv-legend li")
-    assert sizes == ["weights that stay 300 MB", "weights on their way 100 MB", "pictures in the making –", "others –", "free –",
-                     "budget for weights 800 MB"]
+    assert sizes == [
+        "weights that stay 300 MB",
+        "weights on their way 100 MB",
+        "pictures in the making –",
+        "others –",
+        "free –",
+        "budget for weights 800 MB",
+    ]
     share = panel.page.eval_on_selector("#async_lowvram [data-part=resident].alv-part", "(part) => part.style.width")
     assert float(share.rstrip("%")) == pytest.approx(37.5)
 
@@ -221,16 +245,21 @@ def test_messages_newest_first_and_folded(visit):
     assert not panel.shown(".alv-messages")
     panel.page.click("#async_lowvram summary")
     assert panel.texts(".alv-messages .alv-text") == [
-        "Memory ran out: the budget is 256 MB less now. (2 times)", "A pass was repeated.", "Took over 3 networks.",
+        "Memory ran out: the budget is 256 MB less now. (2 times)",
+        "A pass was repeated.",
+        "Took over 3 networks.",
     ]
     assert panel.texts(".alv-messages .alv-level") == ["warning", "error", "note"]
 
 
-@pytest.mark.parametrize("broken", [
-    {"vram": None, "advices": None, "messages": None, "preview": None, "trial": None, "worst_stall": None},
-    {"vram": {}, "advices": [None, {}], "messages": [None, {}], "preview": {}, "trial": {}, "disk": {}, "worst_stall": {}},
-    {"vram": "x", "pass_seconds": "x", "efficiency": "x", "device": 3, "reason": 3, "state": "active"},
-])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"vram": None, "advices": None, "messages": None, "preview": None, "trial": None, "worst_stall": None},
+        {"vram": {}, "advices": [None, {}], "messages": [None, {}], "preview": {}, "trial": {}, "disk": {}, "worst_stall": {}},
+        {"vram": "x", "pass_seconds": "x", "efficiency": "x", "device": 3, "reason": 3, "state": "active"},
+    ],
+)
 def test_an_older_or_broken_status_is_survived(visit, answers, broken):
     answers.status = active(**broken)
     panel = visit()
@@ -242,7 +271,9 @@ def test_nothing_moves_when_figures_change(visit, answers):
     """Rows keep their places: a click must not miss because a number grew."""
     panel = visit()
     panel.open()
-    where = "() => [...document.querySelectorAll('#async_lowvram .alv-facts > div, #async_lowvram .alv-buttons')].map((one) => one.offsetTop)"
+    where = (
+        "() => [...document.querySelectorAll('#async_lowvram .alv-facts > div, #async_lowvram .alv-buttons')].map((one) => one.offsetTop)"
+    )
     before = panel.page.evaluate(where)
     answers.status = active(pass_seconds=0.0734, stall_seconds=0.0, worst_stall=None, streamed_bytes_per_pass=12345 * MB)
     panel.refresh()

@@ -25,8 +25,9 @@ def drawn(visit, answers):
 
 def pixels(panel, seconds, lane):
     """{colour} within the lane's row at that time, as #rrggbb."""
-    return set(panel.page.evaluate(
-        """([seconds, lane]) => {
+    return set(
+        panel.page.evaluate(
+            """([seconds, lane]) => {
             const canvas = document.querySelector("#async_lowvram .alv-canvas"), ours = window.asyncLowvram;
             const place = ours.timelineGeometry(ours.readTimeline(ours.client.model.timeline), canvas.clientWidth);
             const scale = canvas.width / canvas.clientWidth, top = place.lanes[lane].top, high = place.lanes[lane].height;
@@ -34,13 +35,14 @@ def pixels(panel, seconds, lane):
             const data = canvas.getContext("2d").getImageData(x, Math.ceil((top + 4) * scale), 1, Math.floor((high - 8) * scale)).data;
             const found = [];
             for (let i = 0; i < data.length; i += 4) {
-                if (data[i + 3] === 255) found.push("#" + [...data.slice(i, i + 3)].map((one) => one.toString(16).padStart(2, "0")).join(""));
-                else found.push("lane");
+                const hex = [...data.slice(i, i + 3)].map((one) => one.toString(16).padStart(2, "0")).join("");
+                found.push(data[i + 3] === 255 ? `#${hex}` : "lane");
             }
             return found;
         }""",
-        [seconds, lane],
-    ))
+            [seconds, lane],
+        )
+    )
 
 
 def colour(panel, name):
@@ -123,8 +125,14 @@ def test_walked_by_keys(drawn):
         told.append(panel.text(".alv-readout").split(" · ")[0])
     name = "unet.input_blocks.{}.0.in_layers.2".format
     assert told == [
-        f"compute: {name(0)}", f"compute: {name(1)}", f"copy: {name(2)}", f"compute: {name(1)}", f"compute: {name(9)}", f"compute: {name(9)}",
-        "preview: vae", "preview: vae",
+        f"compute: {name(0)}",
+        f"compute: {name(1)}",
+        f"copy: {name(2)}",
+        f"compute: {name(1)}",
+        f"compute: {name(9)}",
+        f"compute: {name(9)}",
+        "preview: vae",
+        "preview: vae",
     ]
     assert panel.page.locator("#async_lowvram .alv-spoken").inner_text() == panel.text(".alv-readout")
     assert panel.page.get_attribute("#async_lowvram .alv-spoken", "aria-live") == "polite"
@@ -145,15 +153,23 @@ def test_escape_does_not_reach_the_webui(drawn):
 
 def test_in_a_sentence(drawn):
     panel = drawn()
-    sentence = "unet: 397 ms, copying 83% of the pass, computing 96%, 2 stalls, longest 8.00 ms at unet.input_blocks.7.0.in_layers.2, 1 preview"
+    sentence = (
+        "unet: 397 ms, copying 83% of the pass, computing 96%, 2 stalls, longest 8.00 ms at unet.input_blocks.7.0.in_layers.2, 1 preview"
+    )
     assert panel.page.get_attribute(CANVAS, "aria-label") == sentence
     assert panel.text(".alv-readout") == sentence
     assert "2.40 s ago" in panel.text(".alv-timeline .alv-heading")
 
 
-@pytest.mark.parametrize("answer", [
-    {"schema": 1, "network": None, "seconds": 0, "spans": []}, 404, 500, {"schema": 1, "network": "unet", "seconds": None, "spans": None},
-])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"schema": 1, "network": None, "seconds": 0, "spans": []},
+        404,
+        500,
+        {"schema": 1, "network": "unet", "seconds": None, "spans": None},
+    ],
+)
 def test_none(visit, answers, answer):
     answers.timeline = answer
     panel = visit()

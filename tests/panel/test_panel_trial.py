@@ -1,4 +1,4 @@
-""""Try it": started with the header that other sites cannot send, followed, stopped, its result and its failure."""
+""" "Try it": started with the header that other sites cannot send, followed, stopped, its result and its failure."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ def test_from_the_press_to_the_table(panel, answers):
     answers.status = active(trial=trial("running", 0.42), generating=True)
     panel.pass_time(1_000)
     bar = panel.page.locator("#async_lowvram .alv-progress")
-    assert (bar.get_attribute("role"), bar.get_attribute("aria-valuenow"), bar.get_attribute("aria-label")) == ("progressbar", "42", "Trial")
+    assert (bar.get_attribute("role"), bar.get_attribute("aria-valuenow"), bar.get_attribute("aria-label")) == (
+        "progressbar",
+        "42",
+        "Trial",
+    )
     assert panel.text(".alv-trial-state") == "Measuring"
     assert bar.locator("span").evaluate("(fill) => fill.style.width") == "42%"
     answers.status = active(trial=trial("done", 1.0, "", RESULT))
