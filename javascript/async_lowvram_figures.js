@@ -7,7 +7,10 @@
 "use strict";
 window.asyncLowvram = window.asyncLowvram || {};
 (function(ours) {
-    /** The state as {kind, text}; kind: active | learning | standing_down | demoted | missing | unreachable | asking. */
+    /** Whether a trial is under way. In its turns of stock the extension stands down, which is nothing to report. */
+    ours.tries = (status) => Boolean(status && status.trial && status.trial.state === "running");
+
+    /** The state as {kind, text}; kind: active | learning | trial | standing_down | demoted | missing | unreachable | asking. */
     ours.stateOf = function(model) {
         const {t} = ours, status = model.status;
         if (model.problem === "missing") {
@@ -19,6 +22,7 @@ window.asyncLowvram = window.asyncLowvram || {};
             return {kind: "unreachable", text: t("No answer from the WebUI") + code};
         }
         if (!status) return {kind: "asking", text: t("Asking the WebUI ...")};
+        if (ours.tries(status)) return {kind: "trial", text: t("Trial: stock and async moving in turn")};
         const reason = typeof status.reason === "string" && status.reason ? t(status.reason) : t("no reason given");
         switch (status.state) {
         case "active": return {kind: "active", text: t("On: weights travel while the GPU computes")};
@@ -34,14 +38,14 @@ window.asyncLowvram = window.asyncLowvram || {};
     };
 
     /** Whether there is more to show than the reason: figures, timeline, trial. */
-    ours.works = (kind) => kind === "active" || kind === "learning";
+    ours.works = (status) => Boolean(status) && (["active", "learning"].includes(status.state) || ours.tries(status));
 
     const ofUnet = (status) => !status.network || /^unet/i.test(status.network);
 
     /** The line's figures, those that are known: [{id, text, hint}]. */
     ours.lineFigures = function(status) {
         const {t} = ours, found = [];
-        if (!status || !ours.works(status.state) || !ofUnet(status)) return found;
+        if (!ours.works(status) || ours.tries(status) || !ofUnet(status)) return found;
         if (ours.positive(status.pass_seconds)) {
             found.push({id: "speed", text: ours.speed(status.pass_seconds), hint: t("UNet passes per second, as last measured")});
             if (ours.positive(status.stock_pass_seconds)) {

@@ -68,7 +68,7 @@ window.asyncLowvram = window.asyncLowvram || {};
             const newer = status && ours.known(status.schema) && status.schema > ours.SCHEMA;
             ours.setText(notice, restart ? t(restart) : newer ? t("The extension was updated: reload this page.") : "");
             ours.show(notice, Boolean(restart || newer));
-            const folds = now.kind === "missing" || Boolean(status && !ours.works(status.state));
+            const folds = now.kind === "missing" || Boolean(status && !ours.works(status));
             if (kind && kind !== now.kind && folds && now.kind !== "unreachable") setOpen(false);
             kind = now.kind;
             if (body.hidden) return; // drawn when it is opened

@@ -48,7 +48,7 @@ window.asyncLowvram = window.asyncLowvram || {};
         function fill(result) {
             const caption = [];
             if (typeof result.shape === "string" && result.shape) caption.push(result.shape);
-            if (ours.positive(result.passes)) caption.push(t("{n} passes each", {n: result.passes}));
+            if (ours.positive(result.passes)) caption.push(t("{n} passes", {n: result.passes}));
             ours.setText(table.caption, caption.join(" · "));
             body.replaceChildren(row("stock", t("Stock"), result.stock_seconds), row("async", t("Async"), result.async_seconds),
                 row("limit", t("Limit"), result.limit_seconds));
@@ -76,7 +76,9 @@ window.asyncLowvram = window.asyncLowvram || {};
             const reason = trial && typeof trial.reason === "string" && trial.reason ? t(trial.reason) : "";
             const said = {
                 waiting: t("Waiting for the queue"), running: t("Measuring"), done: "",
-                failed: t("The trial failed: {reason}", {reason: reason || t("no reason given")}), idle: reason,
+                failed: trial && trial.reason === "stopped" ? t("The trial was stopped")
+                    : t("The trial failed: {reason}", {reason: reason || t("no reason given")}),
+                idle: reason,
             }[state];
             ours.setText(words, pressed && !runs ? pressed : said || "");
             ours.show(words, Boolean(words.textContent));

@@ -166,7 +166,7 @@ def test_everything_has_a_name(visit, answers):
         'button "Try it"',
         'button "Copy report"',
         'meter "VRAM"',
-        'table "512x512, batch 2 · 6 passes each"',
+        'table "512x512, batch 2 · 6 passes"',
         'application "unet: 397 ms, copying 83%',
         'rowheader "Stock"',
         'heading "VRAM 4.00 GB"',

@@ -39,9 +39,20 @@ def test_from_the_press_to_the_table(panel, answers):
     answers.status = active(trial=trial("done", 1.0, "", RESULT))
     panel.pass_time(1_000)
     assert panel.texts(".alv-result tbody tr") == ["Stock 980 ms 1.02 it/s", "Async 412 ms 2.43 it/s", "Limit 391 ms 2.56 it/s"]
-    assert panel.text(".alv-result caption") == "512x512, batch 2 · 6 passes each"
+    assert panel.text(".alv-result caption") == "512x512, batch 2 · 6 passes"
     assert panel.text(".alv-verdict") == "2.38 times as fast as stock · same bits: yes"
     assert not panel.shown(".alv-progress") and panel.shown("[data-do=try]") and not panel.has_timer
+
+
+def test_in_the_turns_of_stock(panel, answers):
+    """The extension stands down for them: the panel stays open, and its progress bar in sight."""
+    answers.status = active(trial=trial("running", 0.4), state="standing_down", reason="a trial measures stock's moves", generating=True)
+    panel.refresh()
+    assert (panel.state, panel.text(".alv-state")) == ("trial", "Trial: stock and async moving in turn")
+    assert panel.shown(".alv-progress") and panel.shown("[data-do=stop]") and not panel.shown("[data-figure=speed]")
+    answers.status = active(trial=trial("done", 1.0, "", RESULT))
+    panel.pass_time(1_000)
+    assert panel.state == "active" and panel.shown(".alv-result")
 
 
 def test_other_bits_and_no_limit(panel, answers):
@@ -56,9 +67,9 @@ def test_stopped(panel, answers):
     press(panel, "try")
     panel.wait_for_text(".alv-trial-state", "Measuring")
     assert panel.page.evaluate("() => document.activeElement.dataset.do") == "stop"
-    answers.status = active(trial=trial("idle", 0.0, "stopped"))
+    answers.status = active(trial=trial("failed", 0.1, "stopped"))
     press(panel, "stop")
-    panel.wait_for_text(".alv-trial-state", "stopped")
+    panel.wait_for_text(".alv-trial-state", "The trial was stopped")
     assert answers.headers == ["1", "1"] and answers.count("stop") == 1
     assert panel.page.evaluate("() => document.activeElement.dataset.do") == "try"
 
