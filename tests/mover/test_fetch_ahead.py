@@ -280,6 +280,13 @@ def test_nothing_after_a_pass_that_was_cut_short() -> None:
     assert rig.streams.allocated_bytes == FIRST * LEAF_BYTES
     rig.run("one")
     assert rig.streams.allocated_bytes == FIRST * LEAF_BYTES  # asked once, for that pass
+    rig.nets["one"].leaves[1].inside = fail
+    rig.mover.expect("two")
+    with pytest.raises(KeyboardInterrupt):
+        call(rig.nets["one"], rig.streams)
+    assert rig.streams.allocated_bytes == (FIRST + SECOND) * LEAF_BYTES  # taken as the pass began; it is still open
+    rig.run("two")
+    assert rig.streams.allocated_bytes == SECOND * LEAF_BYTES
     rig.finish()
 
 

@@ -107,8 +107,9 @@ class Server:
     def _job(self) -> None:
         draw = self.random
         self._between()
-        self.one_pass("text")
-        if draw.random() < 0.5:
+        for _ in range(draw.randrange(1, 4)):
+            if draw.random() < 0.6:
+                self._expect("unet")
             self.one_pass("text")
         if draw.random() < 0.5:
             self.mover.prepare("unet")
@@ -118,11 +119,17 @@ class Server:
         for _ in range(draw.randrange(2, 8)):
             if draw.random() < 0.3:
                 self._between_passes()
+            if draw.random() < 0.2:
+                self._expect("vae")
             self.one_pass("unet")
             if self.previewer is not None:
                 self.previewer.submit()
         if draw.random() < 0.8:
             self.one_pass("vae")
+
+    def _expect(self, name: str) -> None:
+        self.mover.expect(name)
+        self._note("expect", name)
 
     def one_pass(self, name: str) -> None:
         """A pass, perhaps cut short first, perhaps with something happening inside it; compared with the twin's."""
@@ -152,6 +159,7 @@ class Server:
             ("status from a thread", lambda: self._elsewhere(self.mover.status)),
             ("configure from a thread", lambda: self._elsewhere(lambda: self.mover.configure(self._config()))),
             ("prepare from a thread", lambda: self._elsewhere(lambda: self.mover.prepare(self.random.choice(NAMES)))),
+            ("expect from a thread", lambda: self._elsewhere(lambda: self.mover.expect(self.random.choice(NAMES)))),
             ("a slower link", lambda: self._link(2e6)),
             ("a faster link", lambda: self._link(1e9)),
         ]
