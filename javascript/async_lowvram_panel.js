@@ -38,8 +38,8 @@ window.asyncLowvram = window.asyncLowvram || {};
         const working = [vram, passes, facts]; // shown while it works; the others whenever they have something
         const buttons = h("div", {className: "alv-buttons"}, [...trial.buttons, ...report.buttons, trial.hint]);
         const body = h("div", {className: "alv-body", id: "async_lowvram_body", hidden: true}, [
-            advice.root, h("div", {className: "alv-columns"}, [vram.root, passes.root]), facts.root, timeline.root,
-            buttons, trial.root, report.root, messages.root,
+            advice.root, buttons, trial.root, report.root, h("div", {className: "alv-columns"}, [vram.root, passes.root]), facts.root,
+            timeline.root, messages.root,
         ]);
         const root = h("section", {className: "async-lowvram", id: "async_lowvram", "aria-label": "Async LowVRAM"}, [line, notice, body]);
         let kind = "";

@@ -138,7 +138,7 @@ def test_by_keyboard_alone(visit, answers):
             }"""
             )
         )
-    assert walked == [["canvas", True], ["try", True], ["report", True], ["summary", True]]
+    assert walked == [["try", True], ["report", True], ["canvas", True], ["summary", True]]
     panel.page.keyboard.press("Enter")
     panel.page.wait_for_selector("#async_lowvram .alv-messages", state="visible")
     toggle.focus()
