@@ -62,6 +62,14 @@ ACTIVE: dict[str, Any] = {
     "trial": {"state": "idle", "progress": 0.0, "reason": "", "result": None},
     "large": None,
     "last_error": "",
+    "placement_faults": None,
+    "networks": {"unet": {"passes": 40}},
+    "memory": {},
+    **dict.fromkeys(
+        """adopted allocated_bytes hits host_waits learning_passes learning_peak_bytes misses peak_weight_bytes refetches retries
+        retries_failed sheds streamed_bytes write_backs""".split(),
+        0,
+    ),
 }
 
 UNKNOWN = dict.fromkeys(
@@ -94,7 +102,7 @@ def learning(**changes: Any) -> dict[str, Any]:
             "reason": "no network has finished its learning pass and a streamed pass yet",
             "vram": vram,
             "streamed_bytes_per_pass": 0,
-            "preview": {"decoded": 0, "skipped": 0, "decode_seconds": 0.0, "errors": 0},
+            "preview": {"decoded": 0, "skipped": 0, "decode_seconds": 0.0, "errors": 0, "peak_weight_bytes": 0},
             "advices": [],
             "advice": "",
             "host_bytes": 0,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from panel_examples import RESULT, active, learning, standing_down, timeline, trial
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "javascript").glob("*.js"))
@@ -58,3 +60,22 @@ def test_styles_stay_with_the_panel():
         one for one in selectors if not one.startswith("@") and not all(".async-lowvram" in part for part in re.split(r",(?![^(]*\))", one))
     ]
     assert not strangers
+
+
+@pytest.mark.parametrize(
+    "name, answer",
+    [
+        ("status", active()),
+        ("status", learning()),
+        ("status", standing_down()),
+        ("status", active(trial=trial("done", 1.0, "", RESULT))),
+        ("timeline", timeline()),
+        ("timeline", {"schema": 1, "network": None, "seconds": 0, "spans": []}),
+    ],
+)
+def test_what_the_tests_serve_is_what_the_server_may_say(name, answer):
+    """docs/*.schema.json, which the server's own tests hold its answers against."""
+    jsonschema = pytest.importorskip("jsonschema", reason="validates what the schema says")
+    schema = json.loads((ROOT / "docs" / f"{name}.schema.json").read_text(encoding="utf-8"))
+    problems = jsonschema.Draft202012Validator(schema).iter_errors(answer)
+    assert [f"{list(problem.absolute_path)}: {problem.message}" for problem in problems] == []
