@@ -63,10 +63,11 @@ window.asyncLowvram = window.asyncLowvram || {};
             else if (wanted()) timer = setTimeout(ask, period);
         }
 
+        /** Only called when nothing is on its way: by wake(), and by a timer, which is set after an answer. */
         async function ask() {
             clearTimeout(timer);
             timer = null;
-            if (inFlight || !inSight()) return;
+            if (!inSight()) return;
             const mine = new AbortController();
             inFlight = mine;
             let answer = null;

@@ -111,7 +111,6 @@ window.asyncLowvram = window.asyncLowvram || {};
         const button = h("button", {type: "button", className: "alv-button", "data-do": "report"}, [t("Copy report")]);
         const said = h("span", {className: "alv-said", role: "status"});
         const box = h("textarea", {className: "alv-report", readOnly: true, rows: 10, hidden: true, "aria-label": t("Report")});
-        const root = h("div", {}, [box]);
         button.addEventListener("click", async() => {
             box.value = ours.reportText(getModel());
             const copied = await toClipboard(box.value, box);
@@ -120,6 +119,6 @@ window.asyncLowvram = window.asyncLowvram || {};
             else box.select();
             ours.setText(said, copied ? t("Copied") : t("The browser does not allow it: copy the text below by hand"));
         });
-        return {root, buttons: [button, said]};
+        return {root: box, buttons: [button, said]};
     };
 })(window.asyncLowvram);

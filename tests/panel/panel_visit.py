@@ -32,7 +32,7 @@ class Visit:
         permissions: list[str] | None = None,
         reduced_motion: str = "no-preference",
     ) -> None:
-        self.answers, self.errors = answers, []
+        self.answers, self.errors, self.sent = answers, [], []
         self.context = browser.new_context(
             viewport={"width": width, "height": height},
             device_scale_factor=scale,
@@ -43,6 +43,8 @@ class Visit:
         self.context.set_default_timeout(20_000)
         origin = re.match(r"https?://[^/]+", address).group()
         page.route("**/*", lambda route: route.continue_() if route.request.url.startswith(origin) else route.abort())
+        # What the browser sent; the server may not have counted it yet.
+        page.on("request", lambda request: self.sent.append(request.url.rsplit("/", 1)[-1]))
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         if clock:
             page.clock.install(time=0)
