@@ -38,7 +38,7 @@ $(DEMO_READY): pyproject.toml Makefile
 	touch $@
 
 $(TEST_READY): $(DEMO_READY)
-	$(PIP) install --quiet --editable ".[demo,test]"
+	$(PIP) install --quiet --editable ".[demo,test,standalone,offload]"
 	touch $@
 
 clean:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from lib_async_lowvram.backups import Backups
-from lib_async_lowvram.claims import refuse_claimed
+from lib_async_lowvram.claims import refuse_unmanageable
 from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.context import Context
 from lib_async_lowvram.device.address_ranges import HostRanges
@@ -92,7 +92,7 @@ class AsyncModelMover(Looking):
                 if name in self._networks:
                     raise ValueError(f"a network named {name!r} is attached already")
                 spec = network if isinstance(network, NetworkSpec) else self._spec_of(network)
-                refuse_claimed(spec)
+                refuse_unmanageable(spec)
                 self._networks[name] = Network(name, spec, self._context, self)
             trim_heap()  # where the weights were before they were packed
         return self

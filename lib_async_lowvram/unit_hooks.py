@@ -14,6 +14,8 @@ Called on the thread that runs the network, on its current stream.
 
 from __future__ import annotations
 
+import functools
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -89,13 +91,26 @@ _ROLES: dict[str, tuple[_Registry, Callable, Callable]] = {
 }
 
 
+@functools.cache
+def _not_compiled(hook: Callable) -> Callable:
+    """`hook`, which torch.compile does not look into: it would try for a minute, and make one frame of a network, which wants all weights
+    at once."""
+    return sys.modules["torch._dynamo"].disable(hook)
+
+
+def _hooks_of(role: str) -> tuple[_Registry, Callable, Callable]:
+    """Where nobody has compiled anything yet, its machinery is not loaded for this: that takes seconds."""
+    registry, before, after = _ROLES[role]
+    return (registry, _not_compiled(before), _not_compiled(after)) if "torch._dynamo" in sys.modules else (registry, before, after)
+
+
 class Installed:
     """One role's hooks on one module. Holds the module weakly; `remove` is idempotent."""
 
     __slots__ = ("_handles", "_module", "_registry")
 
     def __init__(self, role: str, module: nn.Module, actor: Actor) -> None:
-        self._registry, before, after = _ROLES[role]
+        self._registry, before, after = _hooks_of(role)
         if module in self._registry:
             raise ValueError(f"{type(module).__name__} is already managed by a mover ({role})")
         self._registry[module] = actor

@@ -18,7 +18,7 @@ def vram_of(context: Context, network: Network | None) -> dict[str, int | None]:
     "budget". The parts add up to the total; None where the device does not tell."""
     streams = context.streams
     plan = network.plan if network is not None else None
-    budget = plan.budget_bytes if plan else context.budget()
+    budget = plan.budget_bytes if plan else context.budget(("", None))
     resident = sum(network.contents.units[unit].nbytes for unit in plan.resident) if plan else 0
     ring = plan.ring_bytes if plan else 0
     total = streams.total_memory()

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lib_async_lowvram.claims import Refused
 from lib_async_lowvram.config import OffloadConfig
 from lib_async_lowvram.log import logger
 from lib_async_lowvram.webui import patching
@@ -335,7 +336,8 @@ class Integration(Answers):
         try:
             action()
         except Exception as error:
-            # Without the error's text, which may hold anything: this goes to the status route as well.
-            self._last_error = f"failed while {what} ({type(error).__name__})"
+            # Without the error's text, which may hold anything: this goes to the status route as well. Refusals are our own words.
+            told = error if isinstance(error, Refused) else type(error).__name__
+            self._last_error = f"failed while {what} ({told})"
             importlib.import_module("modules.errors").report(f"[Async LowVRAM] failed while {what}", exc_info=True)
             self._on_demote(self._last_error)

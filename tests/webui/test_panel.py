@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import tiny_models
+from recording_mover import RecordingMover
 
+from lib_async_lowvram.claims import Refused
 from lib_async_lowvram.log import Remembered
 from lib_async_lowvram.webui import freshness, plot, status
 from lib_async_lowvram.webui.panel import Panel
@@ -174,3 +176,15 @@ def test_the_switch_within_a_job(recording, webui) -> None:
     webui.shared.state.begin(job="task(2)")
     assert integration.why_not() == ""
     webui.shared.state.end()
+
+
+def test_a_refusal_is_told_in_its_own_words(recording, webui, monkeypatch) -> None:
+    def refuse(self, networks):
+        raise Refused("unet (OptimizedModule) is compiled: attach the module that it was made from")
+
+    monkeypatch.setattr(RecordingMover, "attach", refuse)
+    webui.sd_models.load_model(lambda: tiny_models.make())
+    status = Panel(recording.integration, "", Remembered()).status()
+    assert status["state"] == "demoted"
+    assert "is compiled: attach the module that it was made from" in status["reason"]
+    assert webui.errors.reports
