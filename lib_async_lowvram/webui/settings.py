@@ -31,54 +31,55 @@ FULL_PREVIEW_BYTES = 32 * MIB
 
 _REMEMBERED_MESSAGES = 64
 
-# key -> (label, component, component arguments, default, what the user should know)
+# key -> (label, component, component arguments, default, what the user should know), the ones that most users may want first. The host
+# takes the last for HTML and puts it in parentheses: no <, > and &. Labels and these texts are keys of localizations/*.json.
 _OPTIONS: dict[str, tuple[str, str, dict[str, Any], Any, str]] = {
     ENABLED: (
         "Move weights while the GPU computes",
         "Checkbox",
         {},
         True,
-        "speeds up --lowvram with the same pictures; off gives the WebUI's own behaviour back; applies to the next job, no restart",
-    ),
-    PREFIX + "lookahead_mb": (
-        "Lookahead buffer (MB)",
-        "Slider",
-        {"minimum": 0, "maximum": 4096, "step": 16},
-        0,
-        "how many megabytes of weights may be on their way to the GPU ahead of their use; 0 = automatic; more smooths slow transfers, "
-        "but is taken from the VRAM budget; applies to the next step",
+        "the same pictures as --lowvram and --medvram make, sooner; off: the WebUI's own moves; applies to the next job, no restart",
     ),
     PREFIX + "budget_mb": (
         "VRAM budget for weights (MB)",
         "Slider",
         {"minimum": 0, "maximum": 24576, "step": 64},
         0,
-        "how much VRAM weights may take; 0 = automatic: from free memory, less the most the pictures themselves were seen to need, less a "
-        "reserve; more is faster, lower it if you run out of memory; applies to the next step",
+        "0 = automatic: what is free, less what pictures were seen to need and a reserve; more is faster, less leaves room for larger "
+        "pictures: lower it if you run out of memory; applies to the next step",
     ),
-    PREFIX + "pinned_mb": (
-        "Pinned memory limit (MB)",
+    PREFIX + "lookahead_mb": (
+        "Lookahead buffer (MB)",
         "Slider",
-        {"minimum": 0, "maximum": 65536, "step": 256},
+        {"minimum": 0, "maximum": 4096, "step": 16},
         0,
-        "how much main memory may be locked for fast transfers; 0 = automatic: 60% of RAM, 40% on Windows; lower it if other programs run "
-        "short of memory; weights beyond it travel more slowly",
+        "0 = automatic; how much may be on its way to the GPU ahead of its use; more smooths slow transfers, but is taken from the budget "
+        "above; applies to the next step",
     ),
     PREVIEWS: (
         "Decode live previews on their own stream",
         "Checkbox",
         {},
         True,
-        "previews no longer stop the sampling, and show all pictures of a batch; off gives the WebUI's own previews back; applies to the "
-        "next job; method and period are chosen under Live previews, and the Full method needs to be allowed with lowvram there",
+        "previews do not hold up the sampling, and show all pictures of a batch; off: the WebUI's own previews; method and period are set "
+        "under Live previews, where Full must be allowed with lowvram and takes 32 MB of the budget; applies to the next job",
+    ),
+    PREFIX + "pinned_mb": (
+        "Pinned memory limit (MB)",
+        "Slider",
+        {"minimum": 0, "maximum": 65536, "step": 256},
+        0,
+        "0 = automatic: 60% of RAM, 40% on Windows, 512 MB under WSL; how much main memory may be locked for fast transfers; less leaves "
+        "more to other programs, but weights beyond it travel more slowly",
     ),
     ON_DISK: (
         "Keep weights on disk",
         "Checkbox",
         {},
         False,
-        "frees the main memory of weights that are in a .safetensors checkpoint as they are used, and reads them from there at every step, "
-        "ahead of their use; for machines with little RAM and a fast disk; weights that were converted, or that a LoRA changes, stay in "
+        "for little RAM and a fast disk: weights that are in a .safetensors checkpoint as they are used leave main memory and are read "
+        "from there at every step; slower where the disk is slower than the bus; converted weights, and those that a LoRA changes, stay in "
         "memory; do not overwrite the checkpoint meanwhile; applies to the next job",
     ),
     ALWAYS_WRITE_BACK: (
@@ -86,8 +87,8 @@ _OPTIONS: dict[str, tuple[str, str, dict[str, Any], Any, str]] = {
         "Checkbox",
         {},
         False,
-        "for extensions that change weights in ways nobody can see: if pictures under such an extension differ from the WebUI's own, "
-        "try this; much slower, since all weights then travel both ways at every step; LoRA and the like are seen without it",
+        "only if pictures under some extension differ from the WebUI's own: for changes of weights that nobody can see; much slower, since "
+        "all weights then travel both ways at every step; LoRA and the like do not need it",
     ),
 }
 
