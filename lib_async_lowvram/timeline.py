@@ -16,8 +16,8 @@ from typing import Any
 from lib_async_lowvram.device.streams import Event, Streams
 from lib_async_lowvram.leaf_clock import LeafClock
 
-LEAST_STALL_SECONDS = 5e-6
-"""Between two events with nothing to wait for in between: what recording them takes, not a stall."""
+LEAST_STALL_SECONDS = 1e-4
+"""Shorter ones cannot be seen, and may be no more than what recording two events takes."""
 
 Timed = tuple[LeafClock, tuple[str, ...], float]
 """(clock, names of its units, when the pass ended by `time.monotonic`)"""

@@ -105,6 +105,12 @@ def _open_simulated(environment: Mapping[str, str]) -> SimulatedStreams:
     )
 
 
+def simulated_link(environment: Mapping[str, str] | None = None) -> tuple[float, float]:
+    """(bytes per second, seconds per copy) of the simulated device that `open_streams` would open."""
+    environment = os.environ if environment is None else environment
+    return _number(environment, "BANDWIDTH"), _number(environment, "LATENCY")
+
+
 def _number(environment: Mapping[str, str], name: str) -> float:
     """One setting, clamped."""
     default, least, most = _SIMULATED[name]

@@ -37,7 +37,8 @@ class Panel:
         self.pictures: TrialPictures | None = None
         self.trial: Trial | None = None
         if integration is not None:
-            self.pictures = TrialPictures(integration.force, integration.why_not, self._limit, integration.host.device)
+            host = integration.host
+            self.pictures = TrialPictures(integration.force, integration.why_not, self._limit, host.device, host.simulated)
             self.trial = Trial(self.pictures)
 
     def _limit(self) -> float | None:

@@ -35,7 +35,7 @@ def _owns_tensors_beside(module: nn.Module, part: nn.Module) -> bool:
     return any(id(tensor) not in inside for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _blocks_of(unet: nn.Module) -> list[nn.Module]:
+def blocks_of(unet: nn.Module) -> list[nn.Module]:
     """What stock `--lowvram` would hook in it, as far as it is there: the regions of the learning pass."""
     parts = [getattr(unet, name, None) for name in ("time_embed", "input_blocks", "middle_block", "output_blocks")]
     found = [block for part in parts for block in (part if isinstance(part, nn.ModuleList) else [part])]
@@ -79,7 +79,7 @@ def network_specs(found: Harvest) -> dict[str, NetworkSpec]:
         specs = {UNET: NetworkSpec([Region(module) for module in blocks], span=root)}
     elif wrapper in hooked and root is not None and _owns_tensors(root) and not _owns_tensors_beside(wrapper, root):
         # The same, but that the UNet's remaining parts, which stock then does not keep on the device, are the network's as well.
-        specs = {UNET: NetworkSpec([Region(module) for module in _blocks_of(root)], span=root, roots=[root])}
+        specs = {UNET: NetworkSpec([Region(module) for module in blocks_of(root)], span=root, roots=[root])}
     else:
         return {}
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from lib_async_lowvram.webui.simulated_stock import StocksMoves
 from lib_async_lowvram.webui.trial import Made, Stopped
 
 JOB = "async_lowvram_trial"
@@ -42,15 +43,22 @@ class Size:
 
 class TrialPictures:
     """See `trial.Pictures`. `force(way)`: how weights move from the next job on, None: as the settings say. `why_not()`: why they cannot
-    move asynchronously, or "". `limit()`: the limit per pass of the network used last, seconds. `device`: what computes."""
+    move asynchronously, or "". `limit()`: the limit per pass of the network used last, seconds. `device`: what computes, and
+    whether it is simulated."""
 
     def __init__(
-        self, force: Callable[[bool | None], None], why_not: Callable[[], str], limit: Callable[[], float | None], device: torch.device
+        self,
+        force: Callable[[bool | None], None],
+        why_not: Callable[[], str],
+        limit: Callable[[], float | None],
+        device: torch.device,
+        simulated: bool,
     ) -> None:
         self._force = force
         self._why_not = why_not
         self._limit = limit
         self._device = device
+        self._simulated = simulated
         self._last: Size | None = None
         self._host_shared = importlib.import_module("modules.shared")
         self._host_models = importlib.import_module("modules.sd_models")
@@ -104,7 +112,8 @@ class TrialPictures:
         self._force(asynchronous)
         state.begin(job=JOB)
         try:
-            made = self._make(model, steps)
+            with self._stocks_moves(model) if not asynchronous else nullcontext():
+                made = self._make(model, steps)
             refused = self._why_not() if asynchronous else ""
             if refused:  # given way to stock in the middle of it, say
                 raise RuntimeError(refused)
@@ -149,6 +158,11 @@ class TrialPictures:
         if len(starts) < 2 or not processed.images:
             raise RuntimeError("the picture was not made by the WebUI's own UNet (is another one chosen as SD Unet?)")
         return Made(self._between(starts), b"".join(image.tobytes() for image in processed.images))
+
+    def _stocks_moves(self, model: Any) -> AbstractContextManager[Any]:
+        """On the simulated device, whose host thinks that it is on a CPU, stock's moves would cost nothing."""
+        root = model.model.diffusion_model
+        return StocksMoves(root) if self._simulated and getattr(self._host_shared.cmd_opts, "lowvram", False) else nullcontext()
 
     def _now(self) -> Any:
         """This moment on the device's own clock, without waiting for it."""
