@@ -42,6 +42,8 @@ class Row:
     peak_device_bytes: int | None = None
     pinned_bytes: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    pace: str | None = None
+    """Key of the resident model's passes beside this row's; None where its own row's count."""
 
     @property
     def settling(self) -> int:
@@ -63,7 +65,7 @@ class Judge:
         self._leaves, self._total, self._bandwidth = leaves, total_bytes, bandwidth
         self._simulated, self._resident = simulated, resident
         self._overhead = LATENCY if simulated else COPY_OVERHEAD_SECONDS
-        self._best: dict[int, float] = {}
+        self._best: dict[tuple[int, float], float] = {}
 
     def weights_on_device(self, row: Row) -> int | None:
         """The most device bytes that its weights took: of the device's counter, or the total less what the resident model's
@@ -80,12 +82,13 @@ class Judge:
 
     def best_schedule_seconds(self, budget_bytes: int, compute_seconds: float) -> float:
         """See `Profile.best_schedule_seconds`."""
-        if budget_bytes not in self._best:
+        key = budget_bytes, compute_seconds
+        if key not in self._best:
             small = small_unit_bytes(self._total)
-            self._best[budget_bytes] = self._leaves.best_schedule_seconds(
+            self._best[key] = self._leaves.best_schedule_seconds(
                 budget_bytes, self._bandwidth, compute_seconds, self._overhead, small
             )
-        return self._best[budget_bytes]
+        return self._best[key]
 
     @staticmethod
     def _streamed_units(row: Row) -> float:
@@ -127,5 +130,6 @@ class Judge:
             host_pinned_bytes=row.pinned_bytes,
             bitwise_equal=row.key not in row.passes.wrong,
             outputs_compared_with="resident" if row.passes is self._resident.passes else "diffusers-resident",
+            compute_seconds=compute_seconds,
             details={**row.details, "peak_weight_bytes_derived": row.peak_weight_bytes is None},
         )

@@ -35,7 +35,8 @@ class Result:
         seconds_per_pass: median; spread_seconds: least, lower quartile, upper quartile, most. passes: how many.
         iterations_per_second: 1 / seconds_per_pass: steps of the sampler.
         launch_seconds: of the median pass, until all of it was launched; None on a device that computes in step with the host.
-        limit_seconds: max(compute, (weights - budget) / bandwidth), the budget being the effective one, or the peak weight
+        compute_seconds: of the same model with everything resident, in the same rounds; on the simulated device, for the mover, right
+            before and after its turns. limit_seconds: max(compute, (weights - budget) / bandwidth), the budget being the effective one, or the peak weight
             bytes of a contender without one.
         best_schedule_seconds: of the planner's search from the resident profile under this budget.
         efficiency: limit / time. schedule_efficiency: best schedule / time.
@@ -70,6 +71,7 @@ class Result:
     bitwise_equal: bool
     outputs_compared_with: str
     details: dict[str, Any]
+    compute_seconds: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
