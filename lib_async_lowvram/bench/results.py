@@ -36,8 +36,9 @@ class Result:
         iterations_per_second: 1 / seconds_per_pass: steps of the sampler.
         launch_seconds: of the median pass, until all of it was launched; None on a device that computes in step with the host.
         compute_seconds: of the same model with everything resident, in the same rounds; on the simulated device, for the mover, right
-            before and after its turns. limit_seconds: max(compute, (weights - budget) / bandwidth), the budget being the effective one, or the peak weight
-            bytes of a contender without one.
+            before and after its turns.
+        limit_seconds: max(compute, (weights - budget) / bandwidth), the budget being the effective one, or the peak weight bytes of a
+            contender without one.
         best_schedule_seconds: of the planner's search from the resident profile under this budget.
         efficiency: limit / time. schedule_efficiency: best schedule / time.
         stall_seconds: per pass; measured, or where the device cannot tell, time beyond the resident compute (`stall_derived`).
