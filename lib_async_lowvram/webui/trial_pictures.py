@@ -11,6 +11,7 @@ error. Called on the trial's thread, with the host's queue held (`trial`).
 from __future__ import annotations
 
 import importlib
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -75,6 +76,8 @@ class TrialPictures:
         """See `trial.Pictures`."""
         if self._host_models.model_data.sd_model is None:
             return "no model is loaded yet: make a picture first"
+        if getattr(sys.modules.get("modules.sd_unet"), "current_unet", None) is not None:
+            return "another UNet computes in the model's place (Settings, SD Unet), with weights of its own"
         return self._why_not()
 
     def size(self) -> Size:
@@ -119,7 +122,7 @@ class TrialPictures:
                 raise RuntimeError(refused)
             return made
         finally:
-            interrupted = state.interrupted or state.stopping_generation
+            interrupted = state.interrupted or getattr(state, "stopping_generation", False)  # which came with WebUI 1.9
             state.end()
             state.skipped = state.interrupted = state.stopping_generation = False
             if interrupted:
@@ -156,7 +159,7 @@ class TrialPictures:
         if self._host_shared.state.interrupted:
             raise Stopped
         if len(starts) < 2 or not processed.images:
-            raise RuntimeError("the picture was not made by the WebUI's own UNet (is another one chosen as SD Unet?)")
+            raise RuntimeError("the WebUI made no picture")
         return Made(self._between(starts), b"".join(image.tobytes() for image in processed.images))
 
     def _stocks_moves(self, model: Any) -> AbstractContextManager[Any]:
