@@ -4,8 +4,9 @@
  * Problem: the WebUI loads every file of javascript/ as a classic script, in an order that other extensions can change. So each file only
  * adds functions to the one global `asyncLowvram`, and none calls another before the page is there (async_lowvram_page.js starts it all).
  *
- * Invariants: every text a user reads goes through t(), always with a literal, so that tests/panel can list them for the localisation
- * files; whatever came from the server reaches the page by textContent alone; an unknown figure (null) is shown as a dash, never as 0.
+ * Invariants: every text a user reads goes through t(), always with a literal, so that tests/webui/localized_texts.py can list them for
+ * the localisation files; whatever came from the server reaches the page by textContent alone; an unknown figure (null) is shown as a
+ * dash, never as 0.
  */
 "use strict";
 window.asyncLowvram = window.asyncLowvram || {};
@@ -14,12 +15,15 @@ window.asyncLowvram = window.asyncLowvram || {};
     ours.UNKNOWN = "\u2013";
     const MB = 2 ** 20, GB = 2 ** 30; // as the settings count them; rates are in 10**9 bytes per second, as everywhere in this project
 
+    /** What keys of our own begin with: "copy" or "Details" mean something else in the rest of the page, and in its localisation files. */
+    ours.OWN = "Async LowVRAM: ";
+
     /** `template` in the user's language, by the WebUI's localization, then its {placeholders} filled in from `values`. */
     ours.t = function(template, values) {
-        const known = window.localization;
-        const found = known && Object.prototype.hasOwnProperty.call(known, template) ? known[template] : template;
-        const text = typeof found === "string" && found ? found : template;
-        return ours.fill(text, values);
+        const known = window.localization || {};
+        const has = (key) => Object.prototype.hasOwnProperty.call(known, key) && typeof known[key] === "string" && known[key];
+        const key = [ours.OWN + template, template].find(has);
+        return ours.fill(key === undefined ? template : known[key], values);
     };
 
     /** `text` with its {placeholders} filled in; one without a value stays as it is. */
