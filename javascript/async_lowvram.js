@@ -15,7 +15,7 @@ window.asyncLowvram = window.asyncLowvram || {};
     ours.UNKNOWN = "\u2013";
     const MB = 2 ** 20, GB = 2 ** 30; // as the settings count them; rates are in 10**9 bytes per second, as everywhere in this project
 
-    /** What keys of our own begin with: "copy" or "Details" mean something else in the rest of the page, and in its localisation files. */
+    /** What keys of our own begin with, looked up first: "copy" or "Details" mean something else elsewhere and in others' localisations. */
     ours.OWN = "Async LowVRAM: ";
 
     /** `template` in the user's language, by the WebUI's localization, then its {placeholders} filled in from `values`. */

@@ -28,8 +28,10 @@ REASONS = ("host", "answers", "trial", "trial_pictures", "routes")
 """Modules whose functions answer with sentences that the panel shows: why it stands down, why no trial is made."""
 
 OWN = "Async LowVRAM: "
-"""What keys for single words of the panel begin with: "copy" and "Details" have other meanings in the rest of the page, and other
-localisation files have them. The panel's t() looks for these keys first."""
+"""What keys for the panel's shortest texts begin with: "copy", "Details" and "Live previews" are elsewhere in the page and in other
+localisation files, too, with meanings of their own, and the WebUI merges all of one language. The panel looks for these first."""
+
+OWN_WORDS = 2
 
 _STRING = r'"(?:[^"\\\n]|\\.)*"'
 
@@ -48,7 +50,8 @@ def panel_texts() -> set[str]:
             if match.group(2) not in ",)":
                 raise ValueError(f"{path.name}: no text of its own: {match.group()}")
             text = json.loads(match.group(1))
-            found.add(text if " " in text else OWN + text)
+            is_short = len(text.split()) <= OWN_WORDS and "{" not in text
+            found.add(OWN + text if is_short else text)
     return found
 
 

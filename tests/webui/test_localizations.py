@@ -36,7 +36,12 @@ def placeholders(text: str) -> list[str]:
 
 def test_texts_are_found_where_they_are():
     """One that is known to be there for each way of collecting; an empty collection would make every file right."""
-    assert {"On: weights travel while the GPU computes", "{n} stalls, longest {time} at {name}", OWN + "Details"} <= panel_texts()
+    assert {
+        "On: weights travel while the GPU computes",
+        "{n} stalls, longest {time} at {name}",
+        OWN + "Details",
+        OWN + "Try it",
+    } <= panel_texts()
     assert "no reason given" in panel_texts() and "GPU waits per step" in panel_texts()
     assert {advice.TEXTS["more_budget"], advice.PIN_HOW["limit"]} <= server_texts()
     assert {"switched off in Settings", "no model is loaded yet", "the WebUI was started without --lowvram or --medvram"} <= reasons()
@@ -91,7 +96,7 @@ def test_names_of_settings_are_those_that_the_page_shows(language):
     translated = dict(pairs_of(language))
 
     def named(text: str) -> str:
-        return text.removesuffix(" (MB)")
+        return text.removeprefix(OWN).removesuffix(" (MB)")
 
     known = {named(key): named(value) for key, value in translated.items()}
     for key, value in translated.items():
