@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from make_networks import NetworkFile
+from make_networks import UNET, NetworkFile
 from PIL import Image
 from webui_client import Background, Server, encode
 
@@ -72,6 +72,7 @@ class Pair:
     def __init__(self, ours: Server, stock: Server) -> None:
         self.ours = ours
         self.stock = stock
+        self.medvram = bool(ours.get("/sdapi/v1/cmd-flags").get("medvram"))
         self.files: dict[str, NetworkFile] = {}
         self.streamed = True
         self.plain: dict[bool, list[str]] = {}
@@ -146,11 +147,11 @@ class Pair:
     # -- what is to be expected --------------------------------------------------------------------------------------------
     def changed_by(self, *names: str, but: str = " ") -> dict[str, int]:
         """How many units of each network change when a set of networks comes, goes, or gives way to another; not counting
-        those whose names end with `but`."""
-        return {
-            network: len({unit for name in names for unit in self.files[name].units[network] if not unit.endswith(but)})
-            for network in NETWORKS
-        }
+        those whose names end with `but`, nor the UNet's `out` where stock leaves it on the device (`--lowvram`)."""
+        counted = {network: {unit for name in names for unit in self.files[name].units[network]} for network in NETWORKS}
+        if not self.medvram:
+            counted["unet"] = {unit for unit in counted["unet"] if not unit.startswith(UNET + "out.")}
+        return {network: sum(not unit.endswith(but) for unit in units) for network, units in counted.items()}
 
     def unheard_of(self, number: int) -> str:
         """A prompt of its own: the host keeps the encoding of the last one, and the text encoder would stand by."""

@@ -165,11 +165,11 @@ RECIPES = (
 
 
 def _changes(layer: Layer, last_block: str) -> bool:
-    """Whether patching it changes a unit that travels. Not the UNet's `out`, which stock leaves on the device; of open_clip's
-    encoder neither the last block, which does not run ("penultimate"), nor norms, whose class has a `forward` of its own."""
+    """Whether patching it changes a unit. Of open_clip's encoder neither the last block, which does not run ("penultimate"), nor norms,
+    whose class has a `forward` of its own."""
     if layer.unit.startswith(TEXT[1]):
         return len(layer.shape) > 1 and not layer.unit.startswith(last_block)
-    return not layer.unit.startswith(UNET + "out.")
+    return True
 
 
 def make_networks(checkpoint: Path, folder: Path) -> dict[str, NetworkFile]:
