@@ -32,7 +32,8 @@ FULL_PREVIEW_BYTES = 32 * MIB
 _REMEMBERED_MESSAGES = 64
 
 # key -> (label, component, component arguments, default, what the user should know), the ones that most users may want first. The host
-# takes the last for HTML and puts it in parentheses: no <, > and &. Labels and these texts are keys of localizations/*.json.
+# takes the last for HTML and puts it in parentheses: no <, > and &. Where it is too long for one line beside a checkbox, the host squeezes
+# the label. Labels and these texts are keys of localizations/*.json.
 _OPTIONS: dict[str, tuple[str, str, dict[str, Any], Any, str]] = {
     ENABLED: (
         "Move weights while the GPU computes",
@@ -46,8 +47,7 @@ _OPTIONS: dict[str, tuple[str, str, dict[str, Any], Any, str]] = {
         "Slider",
         {"minimum": 0, "maximum": 24576, "step": 64},
         0,
-        "0 = automatic: what is free, less what pictures were seen to need and a reserve; more is faster, less leaves room for larger "
-        "pictures: lower it if you run out of memory; applies to the next step",
+        "0 = automatic; more is faster, less leaves room for larger pictures: lower it if you run out of memory; applies to the next step",
     ),
     PREFIX + "lookahead_mb": (
         "Lookahead buffer (MB)",
@@ -62,33 +62,32 @@ _OPTIONS: dict[str, tuple[str, str, dict[str, Any], Any, str]] = {
         "Checkbox",
         {},
         True,
-        "previews do not hold up the sampling, and show all pictures of a batch; off: the WebUI's own previews; method and period are set "
-        "under Live previews, where Full must be allowed with lowvram and takes 32 MB of the budget; applies to the next job",
+        "previews of the whole batch that do not hold up the sampling; off: the WebUI's own; Full takes 32 MB of the budget; applies to "
+        "the next job",
     ),
     PREFIX + "pinned_mb": (
         "Pinned memory limit (MB)",
         "Slider",
         {"minimum": 0, "maximum": 65536, "step": 256},
         0,
-        "0 = automatic: 60% of RAM, 40% on Windows, 512 MB under WSL; how much main memory may be locked for fast transfers; less leaves "
-        "more to other programs, but weights beyond it travel more slowly",
+        "main memory locked for fast transfers; 0 = automatic: 60% of RAM, 40% on Windows, 512 MB under WSL; less leaves more to other "
+        "programs, but what is beyond it travels more slowly",
     ),
     ON_DISK: (
         "Keep weights on disk",
         "Checkbox",
         {},
         False,
-        "for little RAM and a fast disk: weights that are in a .safetensors checkpoint as they are used leave main memory and are read "
-        "from there at every step; slower where the disk is slower than the bus; converted weights, and those that a LoRA changes, stay in "
-        "memory; do not overwrite the checkpoint meanwhile; applies to the next job",
+        "less RAM, but slower unless the disk is fast: unchanged weights are read from the .safetensors file at every step; do not "
+        "overwrite it; applies to the next job",
     ),
     ALWAYS_WRITE_BACK: (
         "Always write weights back",
         "Checkbox",
         {},
         False,
-        "only if pictures under some extension differ from the WebUI's own: for changes of weights that nobody can see; much slower, since "
-        "all weights then travel both ways at every step; LoRA and the like do not need it",
+        "only if pictures under some extension differ from the WebUI's own; much slower: all weights travel both ways at every step; not "
+        "needed for LoRA",
     ),
 }
 
