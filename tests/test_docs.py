@@ -60,6 +60,12 @@ def test_python_in_the_library_page_runs(number: int) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
+def test_json_can_be_read(page: Path) -> None:
+    for text in blocks(page, "json"):
+        json.loads(text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_python_is_in_pages_that_are_run(page: Path) -> None:
     assert page == LIBRARY or not blocks(page, "python"), "put it into docs/library.md, whose code a test runs"
 
