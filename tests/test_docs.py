@@ -108,7 +108,8 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
             assert parses(words or ["--help"], monkeypatch), f"{page.name}: {module} {' '.join(words)}"
         else:
             path = ROOT.joinpath(*module.split("."))
-            assert path.is_dir() and (path / "__main__.py").is_file() or path.with_suffix(".py").is_file(), f"{page.name}: {module}"
+            path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+            assert path.is_file() and '__name__ == "__main__"' in read(path), f"{page.name}: {module}"
     capsys.readouterr()
 
 
