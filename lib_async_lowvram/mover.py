@@ -214,10 +214,12 @@ class AsyncModelMover(Looking):
         """See `Turns.wait`."""
         self._turns.wait()
 
-    def take_over(self, network: Network) -> None:
+    def take_over(self, network: Network) -> bool:
         """See `network.Passes`."""
         self._turns.catch_up()
         self._forget_dead()
+        if network.detached:
+            return False
         if self._context.config is not self.config:
             self._apply_config()
         if self._current is not network:
@@ -228,6 +230,7 @@ class AsyncModelMover(Looking):
             self._context.peaks.network(network.name)
             if self.on_network_change is not None:
                 self.on_network_change(network.name)
+        return True
 
     def _apply_config(self) -> None:
         """Between two passes: the new configuration counts from here on."""

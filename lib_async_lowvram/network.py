@@ -112,8 +112,8 @@ class Network:
 
     def _begin_pass(self, announced: bool, shape: Hashable) -> None:
         self.end_pass(complete=self.calls.end_by_themselves)
-        self._passes.take_over(self)
-        context = self.context
+        if not self._passes.take_over(self):
+            return  # its weights are gone, to the meta device say: its hooks have been taken off
         if self.contents.changed:
             logger.debug("%s: its modules changed, learning anew", self.name)
             self._give_back()
@@ -123,11 +123,11 @@ class Network:
             self.planning.forget()
         self.planning.began(shape, entering=self.streaming is None)
         for unit in self.contents.units:
-            unit.suspect = context.config.always_write_back
+            unit.suspect = self.context.config.always_write_back
         self.in_pass = True
         self.thread = threading.get_ident()
-        if context.checker is not None:
-            context.checker.enter()
+        if self.context.checker is not None:
+            self.context.checker.enter()
         if announced and torch.is_grad_enabled():
             self._give_back()  # arrived residents would fire unnoticed
             self.hooks.observe(True)
@@ -261,9 +261,10 @@ class Network:
 
     def prepare(self) -> None:
         """Start the first onloads now, if the network has learned and gradients are off."""
-        if self.learned is not None and not self.busy and not torch.is_grad_enabled() and not self.contents.changed:
-            self.end_pass(self.calls.end_by_themselves)
-            self._passes.take_over(self)
+        if self.learned is None or self.busy or torch.is_grad_enabled() or self.contents.changed:
+            return
+        self.end_pass(self.calls.end_by_themselves)
+        if self._passes.take_over(self):
             if self.planning.stale or self.contents.resized:
                 self._give_back()
             with self.judged(False):

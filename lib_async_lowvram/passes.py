@@ -24,8 +24,8 @@ class Passes(Protocol):
         """A pass wants to start: returns when no other thread is in the middle of one. Raises `RuntimeError` when that takes too
         long to be anything but a deadlock."""
 
-    def take_over(self, network: Network) -> None:
-        """It starts now: whatever else is in use is left."""
+    def take_over(self, network: Network) -> bool:
+        """It starts now: whatever else is in use is left. False for a network whose weights are gone: it has just been detached."""
 
     def ended(self, complete: bool) -> None:
         """It is over: what other threads asked for meanwhile is done now. `complete`: not cut short, nor about to be left."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lib_async_lowvram.learned import Learned
 from lib_async_lowvram.measured import LEAST_BYTES, Measured
 from lib_async_lowvram.mover import AsyncModelMover
 from tests.mover.chains import LEAF_BYTES, Chain, attached, call, pair, simulated
@@ -95,11 +96,12 @@ def test_another_mover_may_be_given_what_is_known() -> None:
 
 def test_two_sizes_in_turn_are_planned_once_each(monkeypatch) -> None:
     """Hires fix: the network is left in between, and its plans come again with every picture."""
+    monkeypatch.setattr(Learned, "refined", lambda self, *args, **kwargs: self)  # figures stay as they are
     streams = simulated()
     net, _ = pair()
     mover = attached(net, streams, RING, passes=4)
     planning = mover._networks["net"].planning
-    monkeypatch.setattr(planning, "_read_clocks", lambda: None)  # figures stay as they are
+    monkeypatch.setattr(planning, "_read_clocks", lambda: None)
     made = []
     plan = type(planning.learned).plan
     monkeypatch.setattr(type(planning.learned), "plan", lambda *args: made.append(args) or plan(*args))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from tests.mover.chains import LEAF_BYTES, Chain, Leaf, attached, call, pair, recorded, same, simulated
+from tests.mover.chains import LEAF_BYTES, Chain, Leaf, X, attached, call, pair, recorded, same, simulated
 
 BUDGETS = [1, 4 * LEAF_BYTES, 1 << 20]
 
@@ -256,3 +257,24 @@ def test_load_state_dict_between_passes() -> None:
     assert mover.status()["adopted"] == 0
     streams.check()
     mover.detach()
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_weights_that_have_gone_to_the_meta_device(prepared: bool) -> None:
+    """As accelerate's offloading leaves them: its own hooks bring them for each call. The network is nobody's from the next pass on, and
+    that pass opens nothing that is never closed."""
+    streams = simulated(pinning="none")
+    net, _ = pair()
+    mover = attached(net, streams, 2 * LEAF_BYTES)
+    for leaf in net.leaves:
+        leaf._parameters["weight"] = nn.Parameter(torch.empty(256, 8, device="meta"))
+        leaf.forward = lambda x: x + 1
+    if prepared:
+        with torch.no_grad():
+            mover.prepare("net")
+    assert torch.equal(call(net, streams), X + 6)
+    assert not mover.is_attached and mover.current_network is None and not mover.demoted
+    assert not [hook for module in net.modules() for hook in (*module._forward_pre_hooks, *module._forward_hooks)]
+    assert streams.allocated_bytes == 0 and mover.status()["staging_bytes"] == 0
+    mover.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "async-lowvram-staging"]
