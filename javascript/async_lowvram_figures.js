@@ -55,7 +55,8 @@ window.asyncLowvram = window.asyncLowvram || {};
             }
         }
         if (ours.positive(status.efficiency)) {
-            const percent = ours.percent(status.efficiency);
+            // More than all of it: how long computing takes was learned when the device was busier.
+            const percent = ours.percent(Math.min(1, status.efficiency));
             const hint = t("of the fastest that this GPU and its bus allow at this budget");
             found.push({id: "limit", text: t("{percent} of the limit", {percent}), hint});
         }
@@ -99,7 +100,7 @@ window.asyncLowvram = window.asyncLowvram || {};
         ].map((row) => ({...row, seconds: ours.positive(row.seconds) ? row.seconds : null, note: ""}));
         const longest = Math.max(0, ...rows.map((row) => row.seconds || 0));
         for (const row of rows) row.share = row.seconds ? row.seconds / longest : 0;
-        const reached = (share) => (ours.positive(share) ? t("{percent} reached", {percent: ours.percent(share)}) : "");
+        const reached = (share) => (ours.positive(share) ? t("{percent} reached", {percent: ours.percent(Math.min(1, share))}) : "");
         rows[1].note = reached(status.schedule_efficiency);
         rows[2].note = reached(status.efficiency);
         if (rows[3].seconds && mine) rows[3].note = t("{times} times", {times: ours.times(rows[3].seconds / mine)});

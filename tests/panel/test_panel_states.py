@@ -12,6 +12,15 @@ def figures_of(panel):
     return [panel.text(f"[data-figure={name}]") for name in FIGURES if panel.shown(f"[data-figure={name}]")]
 
 
+def test_never_more_than_all_of_the_limit(visit, answers):
+    """How long computing takes may have been learned while the device was busier."""
+    answers.status = active(efficiency=1.27, schedule_efficiency=1.3)
+    panel = visit()
+    assert figures_of(panel)[2] == "100% of the limit"
+    panel.open()
+    assert panel.texts(".alv-passes .alv-quiet")[1:3] == ["100% reached", "100% reached"]
+
+
 def test_active(visit):
     panel = visit()
     assert (panel.state, panel.text(".alv-state")) == ("active", "On: weights travel while the GPU computes")
