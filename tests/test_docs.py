@@ -141,8 +141,6 @@ def test_what_plan_prints_is_what_the_page_quotes(tmp_path: Path, monkeypatch: p
 
 # -- links -----------------------------------------------------------------------------------------------------------------------
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-COMING: set[str] = set()
-"""Put in place by hand, from the real WebUI."""
 
 
 def anchors(page: Path) -> set[str]:
@@ -159,7 +157,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        assert file.exists() or str(file.relative_to(ROOT)) in COMING, f"{page.name}: {target}"
+        assert file.exists(), f"{page.name}: {target}"
         if anchor:
             assert anchor in anchors(file), f"{page.name}: {target}"
 
