@@ -99,7 +99,7 @@ class DiffusersGroupRecord(DiffusersGroup):
 
 
 class Mmgp(Peer):
-    """https://pypi.org/project/mmgp: `offload.all`."""
+    """The package mmgp: `offload.all`."""
 
     name = "mmgp"
 
