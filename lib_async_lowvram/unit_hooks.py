@@ -92,16 +92,17 @@ _ROLES: dict[str, tuple[_Registry, Callable, Callable]] = {
 
 
 @functools.cache
-def _not_compiled(hook: Callable) -> Callable:
+def _not_compiled(disable: Callable, hook: Callable) -> Callable:
     """`hook`, which torch.compile does not look into: it would try for a minute, and make one frame of a network, which wants all weights
     at once."""
-    return sys.modules["torch._dynamo"].disable(hook)
+    return disable(hook)
 
 
 def _hooks_of(role: str) -> tuple[_Registry, Callable, Callable]:
     """Where nobody has compiled anything yet, its machinery is not loaded for this: that takes seconds."""
     registry, before, after = _ROLES[role]
-    return (registry, _not_compiled(before), _not_compiled(after)) if "torch._dynamo" in sys.modules else (registry, before, after)
+    disable = getattr(sys.modules.get("torch._dynamo"), "disable", None)  # None as well while another thread is still importing it
+    return (registry, _not_compiled(disable, before), _not_compiled(disable, after)) if disable else (registry, before, after)
 
 
 class Installed:
