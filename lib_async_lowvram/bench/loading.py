@@ -17,7 +17,7 @@ Called by `running` on the main thread.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -181,12 +181,7 @@ def measure_loading(device: Streams, components: Components, rounds: int, seed: 
                 {
                     "contender": name,
                     **common,
-                    "load_seconds": median(loads),
-                    "unload_seconds": median(unloads),
-                    "load_spread_seconds": [min(loads), max(loads)],
-                    "unload_spread_seconds": [min(unloads), max(unloads)],
-                    "rounds": len(loads),
-                    "share_of_link": total / median(loads) / bandwidth,
+                    **timing(loads, unloads, total / bandwidth),
                     "bitwise_equal": same_bits(output, outputs[0]),
                 }
             )
@@ -213,6 +208,18 @@ def stock_times(model: nn.Module, streams: Streams, x: torch.Tensor, rounds: int
         placed.to_host(copy=True) if placed else model.to("cpu")
 
     return _timed(load, unload, streams, rounds, deadline)
+
+
+def timing(loads: Sequence[float], unloads: Sequence[float], copying_seconds: float) -> dict[str, Any]:
+    """What is told of rounds that took so many seconds each. `copying_seconds`: of all weights, at the link's rate."""
+    return {
+        "load_seconds": median(loads),
+        "unload_seconds": median(unloads),
+        "load_spread_seconds": [min(loads), max(loads)],
+        "unload_spread_seconds": [min(unloads), max(unloads)],
+        "rounds": len(loads),
+        "share_of_link": copying_seconds / median(loads),
+    }
 
 
 def async_times(model: nn.Module, streams: Streams, x: torch.Tensor, rounds: int, deadline: Deadline) -> Times:

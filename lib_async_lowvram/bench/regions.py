@@ -28,7 +28,17 @@ from torch import nn
 
 from lib_async_lowvram.bench.deadline import Deadline
 from lib_async_lowvram.bench.devices import is_simulated, measure_link, open_for_contender
-from lib_async_lowvram.bench.loading import DTYPE, SETTLING, SIMULATED_BANDWIDTH, Components, Layer, async_times, finish, stock_times
+from lib_async_lowvram.bench.loading import (
+    DTYPE,
+    SETTLING,
+    SIMULATED_BANDWIDTH,
+    Components,
+    Layer,
+    async_times,
+    finish,
+    stock_times,
+    timing,
+)
 from lib_async_lowvram.bench.measuring import same_bits
 from lib_async_lowvram.bench.placed import Placed
 from lib_async_lowvram.config import OffloadConfig
@@ -66,12 +76,7 @@ def measure_regions(device: Streams, components: Components, rounds: int, seed: 
                     "region": region,
                     "weight_bytes": total,
                     "bandwidth_bytes_per_s": bandwidth,
-                    "load_seconds": median(loads),
-                    "unload_seconds": median(unloads),
-                    "load_spread_seconds": [min(loads), max(loads)],
-                    "unload_spread_seconds": [min(unloads), max(unloads)],
-                    "rounds": len(loads),
-                    "share_of_link": total / median(loads) / bandwidth,
+                    **timing(loads, unloads, total / bandwidth),
                     "bitwise_equal": same_bits(output, reference),
                 }
             )
