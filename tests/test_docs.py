@@ -22,6 +22,7 @@ import torch
 
 from lib_async_lowvram import OffloadConfig, __version__
 from lib_async_lowvram.__main__ import main
+from lib_async_lowvram.bench import render, results
 from lib_async_lowvram.bench.shapes import sdxl_shape
 from lib_async_lowvram.log import PREFIX
 from lib_async_lowvram.webui import announcement, settings
@@ -137,6 +138,17 @@ def test_what_plan_prints_is_what_the_page_quotes(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(command)[4:]) == 0
     assert capsys.readouterr().out.strip() == expected.strip()
+
+
+# -- measurements ----------------------------------------------------------------------------------------------------------------
+MEASURED = [path for path in sorted((ROOT / "docs" / "results").glob("*.json")) if json.loads(read(path)).get("kind") == results.KIND]
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=named)
+def test_tables_of_measurements_are_those_of_the_files_beside_them(path: Path) -> None:
+    page = read(ROOT / "docs" / "benchmarks.md").splitlines()
+    rows = [line for line in render.markdown(results.read(path)).splitlines() if line.startswith("| ")]
+    assert rows and not [row for row in rows if row not in page]
 
 
 # -- links -----------------------------------------------------------------------------------------------------------------------

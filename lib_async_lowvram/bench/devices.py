@@ -42,7 +42,7 @@ def open_for_contender(like: Streams, stack: ExitStack, capacity_bytes: int, ban
     """A `Streams` of the same device as `like`, closed by `stack`. On the simulated device with memory of `capacity_bytes` and a
     link of `bandwidth` bytes per second (None: as fast as memory); elsewhere both are what they are."""
     if is_simulated(like):
-        streams: Streams = SimulatedStreams(capacity_bytes=capacity_bytes, bandwidth=bandwidth or float("inf"), latency=LATENCY)
+        streams: Streams = SimulatedStreams(capacity_bytes, bandwidth or float("inf"), LATENCY, busy=True)
     else:
         streams = open_streams(like.device)
     stack.callback(streams.close)

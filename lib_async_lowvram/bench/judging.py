@@ -90,6 +90,11 @@ class Judge:
             )
         return self._best[key]
 
+    def floor_seconds(self, budget_bytes: int, compute_seconds: float) -> float:
+        """See `core.floor`; at least the limit, which counts bytes without padding."""
+        floor = self._leaves.floor_seconds(budget_bytes, self._bandwidth, compute_seconds)
+        return max(floor, self.limit_seconds(budget_bytes, compute_seconds))
+
     @staticmethod
     def _streamed_units(row: Row) -> float:
         """Per pass, of the mover: every use of one is a hit or a miss."""
@@ -118,6 +123,7 @@ class Judge:
             iterations_per_second=1 / seconds,
             launch_seconds=self.launch_seconds(row),
             limit_seconds=limit,
+            floor_seconds=None if row.effective_bytes is None else self.floor_seconds(row.effective_bytes, compute_seconds),
             best_schedule_seconds=best,
             efficiency=None if limit is None else limit / seconds,
             schedule_efficiency=None if best is None else best / seconds,

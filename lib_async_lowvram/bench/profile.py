@@ -16,6 +16,7 @@ from statistics import median
 
 from torch import nn
 
+from lib_async_lowvram.core.floor import floor_seconds
 from lib_async_lowvram.core.pipeline import Workload
 from lib_async_lowvram.core.plan import make_plan
 from lib_async_lowvram.device.streams import Event, Streams, align
@@ -40,16 +41,23 @@ class Profile:
         """Seconds per pass of the best resident set and ring found for `budget_bytes` and `bandwidth` (bytes/s), with and
         without a preference for units below `small_unit_bytes`. `compute_seconds`: of a resident pass without the profile's
         hooks; the leaves' times are scaled to it."""
+        workload = self._workload(bandwidth, compute_seconds, copy_overhead_seconds)
+        plans = [make_plan(workload, budget_bytes, small_unit_bytes=small) for small in (0, small_unit_bytes)]
+        return min(plan.prediction.seconds for plan in plans)
+
+    def floor_seconds(self, budget_bytes: int, bandwidth: float, compute_seconds: float) -> float:
+        """Seconds per pass that no schedule beats (`core.floor`); otherwise as above."""
+        return floor_seconds(self._workload(bandwidth, compute_seconds, 0.0), budget_bytes)
+
+    def _workload(self, bandwidth: float, compute_seconds: float, copy_overhead_seconds: float) -> Workload:
         scale = compute_seconds / self.seconds
-        workload = Workload(
+        return Workload(
             steps=tuple((leaf, seconds * scale) for leaf, seconds in self.steps),
             nbytes=dict(enumerate(self.nbytes)),
             bandwidth=bandwidth,
             copy_overhead_seconds=copy_overhead_seconds,
             lead_seconds=self.lead_seconds * scale,
         )
-        plans = [make_plan(workload, budget_bytes, small_unit_bytes=small) for small in (0, small_unit_bytes)]
-        return min(plan.prediction.seconds for plan in plans)
 
 
 def profile(model: nn.Module, streams: Streams, passes: Sequence[Callable[[], object]]) -> Profile:

@@ -22,6 +22,7 @@ HEADER = (
     "spread",
     "it/s",
     "limit",
+    "floor",
     "best",
     "efficiency",
     "schedule",
@@ -138,6 +139,7 @@ def _row(result: dict[str, Any]) -> list[str]:
         f"{_ms(low)}-{_ms(high)}",
         f"{result['iterations_per_second']:.2f}",
         _ms(result["limit_seconds"]),
+        _ms(result["floor_seconds"]),
         _ms(result["best_schedule_seconds"]),
         _share(result["efficiency"]),
         _share(result["schedule_efficiency"]),
@@ -253,6 +255,8 @@ def _draw_case(axis: Any, case: dict[str, Any]) -> None:
     ours = sorted((r for r in case["results"] if r["contender"] == "async"), key=lambda result: result["effective_budget_bytes"])
     if ours:
         x = [result["effective_budget_bytes"] / 1e6 for result in ours]
+        if all(r["floor_seconds"] is not None for r in ours):
+            axis.plot(x, [1e3 * r["floor_seconds"] for r in ours], ":", color="black", linewidth=1.2, label="floor")
         axis.plot(x, [1e3 * r["best_schedule_seconds"] for r in ours], "--", color="#666666", linewidth=1.2, label="best schedule")
         axis.errorbar(x, [1e3 * r["seconds_per_pass"] for r in ours], _bars(ours), fmt="o-", color=COLOURS["async"], label="async")
     for result in case["results"]:

@@ -17,10 +17,13 @@ from typing import Any
 
 from lib_async_lowvram.bench.options import BenchError
 
-SCHEMA = 2
-READ = (1, SCHEMA)
+SCHEMA = 3
+READ = (1, 2, SCHEMA)
 ADDED = ("regions", "pictures")
 """Keys that documents of schema 1 lack: nothing of the kind was measured."""
+
+ADDED_TO_RESULTS = ("floor_seconds", "compute_seconds")
+"""Keys that results may lack in documents of schema 1 and 2: not known."""
 
 KIND = "async-lowvram bench"
 
@@ -39,6 +42,7 @@ class Result:
             before and after its turns.
         limit_seconds: max(compute, (weights - budget) / bandwidth), the budget being the effective one, or the peak weight bytes of a
             contender without one.
+        floor_seconds: no schedule of any mover is faster under this budget (`core.floor`); None for a contender without one.
         best_schedule_seconds: of the planner's search from the resident profile under this budget.
         efficiency: limit / time. schedule_efficiency: best schedule / time.
         stall_seconds: per pass; measured, or where the device cannot tell, time beyond the resident compute (`stall_derived`).
@@ -59,6 +63,7 @@ class Result:
     iterations_per_second: float
     launch_seconds: float | None
     limit_seconds: float | None
+    floor_seconds: float | None
     best_schedule_seconds: float | None
     efficiency: float | None
     schedule_efficiency: float | None
@@ -127,8 +132,8 @@ def check(document: Any, name: str) -> None:
     if not isinstance(document, dict) or document.get("kind") != KIND:
         raise BenchError(f"{name} is not a result of this benchmark")
     if document.get("schema") not in READ:
-        raise BenchError(f"{name} follows schema {document.get('schema')!r}; this version reads {' and '.join(map(str, READ))}")
-    for key in () if document["schema"] == SCHEMA else ADDED:
+        raise BenchError(f"{name} follows schema {document.get('schema')!r}; this version reads {', '.join(map(str, READ))}")
+    for key in ADDED if document["schema"] == 1 else ():
         document.setdefault(key, [])
     for key in ("created", "environment", "settings", "cases", "loading", *ADDED, "notes"):
         if key not in document:
@@ -138,6 +143,8 @@ def check(document: Any, name: str) -> None:
         if lacking:
             raise BenchError(f"{name}: case {number} lacks {', '.join(lacking)}")
         for result in case["results"]:
+            for key in ADDED_TO_RESULTS if document["schema"] < SCHEMA else ():
+                result.setdefault(key, None)
             lacking = [key for key in Result.__dataclass_fields__ if key not in result]
             if lacking:
                 raise BenchError(f"{name}: a result of case {number} lacks {', '.join(lacking)}")

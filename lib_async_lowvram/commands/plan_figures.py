@@ -14,6 +14,7 @@ from typing import Any
 
 from lib_async_lowvram.bench.report import milliseconds, table
 from lib_async_lowvram.commands.unet_walk import PROMPT_TOKENS, Leaf, Unet, sum_flops
+from lib_async_lowvram.core.floor import floor_seconds
 from lib_async_lowvram.core.pipeline import Workload
 from lib_async_lowvram.core.plan import GRAIN, Plan, make_plan
 from lib_async_lowvram.safetensors_header import FLOATING
@@ -114,6 +115,7 @@ def plan_row(load: Workload, plan: Plan, wish: int) -> dict[str, Any]:
         "its": 1 / seconds,
         "stall_seconds": plan.prediction.stall_seconds,
         "limit_seconds": plan.limit_seconds,
+        "floor_seconds": floor_seconds(load, plan.budget_bytes),
         "efficiency": plan.limit_seconds / seconds,
         "bound": "copy" if plan.limit_seconds > load.compute_seconds else "compute",
         "notes": list(plan.notes),
@@ -145,7 +147,7 @@ def describe_unet(unet: Unet, device: Device, pixels: tuple[int, int]) -> dict[s
 
 def rows_table(rows: Sequence[dict[str, Any]]) -> str:
     """The table, one line per budget."""
-    header = ["budget", "resident", "ring", "streamed/pass", "per pass", "it/s", "stall", "limit", "efficiency", "bound"]
+    header = ["budget", "resident", "ring", "streamed/pass", "per pass", "it/s", "stall", "limit", "floor", "efficiency", "bound"]
     lines = [
         [
             _mib(row["budget_bytes"]),
@@ -156,6 +158,7 @@ def rows_table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['its']:.2f}",
             milliseconds(row["stall_seconds"]),
             milliseconds(row["limit_seconds"]),
+            milliseconds(row["floor_seconds"]),
             f"{row['efficiency']:.2f}",
             row["bound"],
         ]

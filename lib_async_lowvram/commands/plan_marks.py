@@ -1,4 +1,4 @@
-"""`plan --marks`: the planner on exact shapes, beside the best schedules that others found, simple rules, and the limit.
+"""`plan --marks`: the planner on exact shapes, beside the best schedules that others found, simple rules, the limit, and the floor.
 
 Problem: a planner can only be judged on cases that somebody else has judged as well. The marks are the best of a coarse search
 over five rules and six ring sizes, in a ring without places, at the same figures: SD1.5 at 512x512 on a device of 9.3 TFLOP/s, SDXL
@@ -23,6 +23,7 @@ from lib_async_lowvram.bench.shapes import Shape, sd15_shape, sdxl_shape
 from lib_async_lowvram.bench.unet import UNet
 from lib_async_lowvram.commands.plan_figures import Device, workload
 from lib_async_lowvram.commands.unet_walk import walk
+from lib_async_lowvram.core.floor import floor_seconds
 from lib_async_lowvram.core.pipeline import Workload, simulate
 from lib_async_lowvram.core.places import assign_offsets
 from lib_async_lowvram.core.plan import make_plan
@@ -109,6 +110,7 @@ def rows() -> Iterator[dict[str, Any]]:
                     "mark_seconds": mark / 1000,
                     "plan_seconds": plan.prediction.seconds,
                     "limit_seconds": plan.limit_seconds,
+                    "floor_seconds": floor_seconds(load, plan.budget_bytes),
                     "resident_bytes": sum(load.nbytes[unit] for unit in plan.resident),
                     "ring_bytes": plan.ring_bytes,
                     "planning_seconds": took,
@@ -121,11 +123,11 @@ def describe(found: list[dict[str, Any]]) -> str:
     lines = []
     names = list(found[0]["rules_seconds"])
     for row in found:
-        ms = [row["limit_seconds"], row["mark_seconds"], row["plan_seconds"], *row["rules_seconds"].values()]
+        ms = [row["limit_seconds"], row["floor_seconds"], row["mark_seconds"], row["plan_seconds"], *row["rules_seconds"].values()]
         share, link = f"{row['share_percent']}%", f"x{row['link']:g}"
         figures = [f"{1e3 * value:.1f}" if value < float("inf") else "" for value in ms]
         ring = f"{row['ring_bytes'] >> 20}"
         lines.append([f"{row['model']} {link}", share, *figures, ring, f"{1e3 * row['planning_seconds']:.0f}"])
-    head = ["", "budget", "limit", "mark", "plan", *names, "ring MB", "planned in"]
+    head = ["", "budget", "limit", "floor", "mark", "plan", *names, "ring MB", "planned in"]
     units = ", ".join(f"{name}: {count} units" for name, count in dict((row["model"], row["units"]) for row in found).items())
     return "\n".join(["", table(head, lines), "", f"Milliseconds per pass; {units}."])

@@ -14,7 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from heapq import nsmallest
 
-ANCHORS = 24
+ANCHORS = 12
 """Spans, the oldest, at whose ends a place is looked for."""
 
 
@@ -46,7 +46,7 @@ class _Skyline:
     def best(self, size: int, hint: int, spread: bool) -> int:
         """The offset for `size` bytes whose newest bytes are oldest, beginning or ending where a span does. Among equals the
         lowest; `spread`: where it leaves the largest hole beside itself. `hint`: an offset that is likely to be good."""
-        starts, whens = self._starts, self._when
+        starts, whens, newest_in = self._starts, self._when, self.newest
         last = starts[-1] - size
         found = min(hint, last)
         limit = self.newest(found, found + size)
@@ -54,10 +54,12 @@ class _Skyline:
         if limit == min(whens) >= 0:
             return found  # nothing is older than what it takes
         older = [(when, number) for number, when in enumerate(whens) if when <= limit]
-        for _, number in older if len(older) <= ANCHORS else nsmallest(ANCHORS, older):
+        for when, number in sorted(older) if len(older) <= ANCHORS else nsmallest(ANCHORS, older):
+            if when > limit:
+                break
             for offset in (starts[number], starts[number + 1] - size):
                 if 0 <= offset <= last:
-                    newest = self.newest(offset, offset + size)
+                    newest = newest_in(offset, offset + size)
                     hole = max(offset, last - offset)
                     if newest < limit or (newest == limit and (hole > room if spread else offset < found)):
                         found, limit, room = offset, newest, hole

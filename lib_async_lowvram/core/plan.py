@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass, replace
 
 from lib_async_lowvram.core.cycle import Cycle
+from lib_async_lowvram.core.floor import floor_seconds
 from lib_async_lowvram.core.pipeline import Prediction, Workload, simulate
 from lib_async_lowvram.core.places import assign_offsets
 from lib_async_lowvram.core.proposals import Proposals
@@ -32,8 +33,11 @@ SMALL_FIRST = 0.01
 PLAYED = 3
 """Resident sets that are placed and played."""
 
-STEPS_TO_IMPROVE, LEAST_TRIES = 60_000, 100
-"""Steps estimated while small changes are tried, all tries together: 30 ms. Fewer tries than the least gain nothing."""
+STEPS_TO_IMPROVE, LEAST_TRIES = 40_000, 100
+"""Steps estimated while small changes are tried, all tries together: 20 ms. Fewer tries than the least gain nothing."""
+
+NEAR_ENOUGH = 0.0005
+"""Share of the floor, within which nothing better is looked for."""
 
 LOST_TO_PLACES = 0.002
 """Share of the estimated time that places may cost before other places are tried."""
@@ -44,6 +48,9 @@ TIGHT = 4
 FEW, FEW_COST = 24, 4
 """Steps up to which small changes are judged by playing them: with few units in a ring, where they stand decides. Playing costs
 so many times what estimating does."""
+
+MANY = 600
+"""Streamed units from which on only the better way to find places is tried again: each takes ten milliseconds."""
 
 HEAT, FEW_HEAT = 0.0001, 0.1
 """To begin annealing with: a share of the time per pass; one unit in a hundred changes little, one in ten much."""
@@ -113,6 +120,7 @@ class _Search:
         self._nbytes = nbytes
         self._budget = budget_bytes
         self._limit = workload.limit_seconds(budget_bytes)
+        self._enough = floor_seconds(workload, budget_bytes) * (1 + NEAR_ENOUGH)  # seconds at which a search may end
         self._must = frozenset(workload.must_reside)
         self._room = (budget_bytes - workload.fixed_bytes - sum(nbytes[unit] for unit in self._must)) // GRAIN * GRAIN
         self._by_size = sorted((unit for unit in nbytes if unit not in self._must), key=nbytes.__getitem__, reverse=True)
@@ -120,6 +128,8 @@ class _Search:
         self._wish = min(max(-(-wish // GRAIN) * GRAIN, self._always), self._room) if wish else 0
         self._small = [unit for unit in reversed(self._by_size) if nbytes[unit] < small_unit_bytes]
         self._cycle = Cycle(workload)
+        self._few = len(workload.steps) <= FEW
+        self._placing: tuple[bool, ...] = (False, True)  # ways to find places that are tried, `spread` of each
 
     def plan(self) -> Plan:
         """The fastest found."""
@@ -142,7 +152,7 @@ class _Search:
 
     def _proposals(self, kept: frozenset[int]) -> Proposals:
         room = self._room - sum(self._nbytes[unit] for unit in kept)
-        return Proposals(self._workload, self._must | kept, room, self._ring_sizes(room), not self._wish, self._estimate, self._limit)
+        return Proposals(self._workload, self._must | kept, room, self._ring_sizes(room), not self._wish, self._estimate, self._enough)
 
     def _fitting(self, units: list[int]) -> frozenset[int]:
         """As many of them, from the first, as leave room for the ring."""
@@ -172,20 +182,25 @@ class _Search:
     def _played(self, resident: frozenset[int], best: Plan | None) -> Plan | None:
         """The better one of `best` and what these residents give, with every unit in its place."""
         ring_bytes = self._ring_bytes(resident)
-        if not ring_bytes or (best is not None and best.prediction.seconds <= self._limit):
+        if not ring_bytes or (best is not None and best.prediction.seconds <= self._enough):
             return best
         steps = dict.fromkeys(unit for unit, _ in self._workload.steps if unit not in resident)
         # Units that do not fire in the learned order (conditional ones) need a place as well.
         order = [*steps, *(unit for unit in self._nbytes if unit not in steps and unit not in resident)]
         largest = max((self._nbytes[unit] for unit in steps), default=0)
+        better = self._placing[0]
         hoped = self._estimate(resident) * (1 + LOST_TO_PLACES)
-        for spread in (False, True):
+        for spread in self._placing:
             offsets = assign_offsets(order, self._nbytes, ring_bytes, spread=spread)
             prediction = simulate(self._workload, resident, offsets, ring_bytes)
             if best is None or prediction.seconds < best.prediction.seconds:
                 best = Plan(resident, ring_bytes, offsets, self._budget, prediction, self._limit)
+                better = spread
             if prediction.seconds <= hoped or ring_bytes > TIGHT * largest:
                 break
+        else:
+            if len(steps) > MANY:
+                self._placing = (better,)
         return best
 
     def _ring_sizes(self, room: int) -> list[int]:
@@ -201,15 +216,14 @@ class _Search:
     def _changed(self, resident: frozenset[int], kept: frozenset[int]) -> list[frozenset[int]]:
         """With small changes, those that helped most first."""
         steps = max(1, len(self._workload.steps))
-        few = steps <= FEW
 
         def judge(chosen: frozenset[int]) -> float:
-            if not few:
+            if not self._few:
                 return self._estimate(chosen)
             plan = self._played(chosen, None)
             return math.inf if plan is None else plan.prediction.seconds
 
         movable = [unit for unit in reversed(self._by_size) if unit not in kept]
-        tries = STEPS_TO_IMPROVE // (steps * (FEW_COST if few else 1))
-        heat = FEW_HEAT if few else HEAT
-        return improve(resident, movable, judge, tries, heat, self._limit, jumps=few) if tries >= LEAST_TRIES else []
+        tries = STEPS_TO_IMPROVE // (steps * (FEW_COST if self._few else 1))
+        heat = FEW_HEAT if self._few else HEAT
+        return improve(resident, movable, judge, tries, heat, self._enough, jumps=self._few) if tries >= LEAST_TRIES else []

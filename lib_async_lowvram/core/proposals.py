@@ -14,13 +14,17 @@ from lib_async_lowvram.core.search import Stretch
 FINER = (0.85, 0.92, 1.08, 1.17)
 """Times the ring sizes of the best pairs."""
 
+RULES = 3
+"""Tried with every size; the others are variants."""
+
 ENOUGH = 3
-"""Sets that reach the limit, after which no more are looked for; not one, since their places in the ring may still cost time."""
+"""Sets that are fast enough, after which no more are looked for; not one, since their places in the ring may still cost time."""
 
 
 class Proposals:
     """`held`: residents in every set. `room`: bytes for the others and the ring. `ring_sizes`: to try, bytes; `finer`: others near
-    them, too. `estimate`: residents -> seconds, infinite where the ring cannot carry the rest. `limit`: seconds that nothing can beat."""
+    them, too. `estimate`: residents -> seconds, infinite where the ring cannot carry the rest. `enough`: seconds at which a search
+    may end."""
 
     def __init__(
         self,
@@ -30,7 +34,7 @@ class Proposals:
         ring_sizes: Sequence[int],
         finer: bool,
         estimate: Callable[[frozenset[int]], float],
-        limit: float,
+        enough: float,
     ) -> None:
         self._nbytes = workload.nbytes
         self._held = held
@@ -38,16 +42,17 @@ class Proposals:
         self._ring_sizes = ring_sizes
         self._finer = finer
         self._estimate = estimate
-        self._limit = limit
+        self._enough = enough
         self._reached = 0
         self._others = [unit for unit in workload.nbytes if unit not in held]
         stretch = Stretch(workload, self._others)
         self._rules: tuple[Callable[[int, int], set[int]], ...] = (
             lambda space, ring_bytes: stretch.quiet_stretches(space, ring_bytes // 2),
-            lambda space, ring_bytes: stretch.quiet_stretches(space, ring_bytes // 4),
-            lambda space, ring_bytes: stretch.quiet_stretches(space, ring_bytes),
             stretch.in_pace,
             lambda space, ring_bytes: stretch.level(space),
+            # Variants of the first, for the sizes that did best.
+            lambda space, ring_bytes: stretch.quiet_stretches(space, ring_bytes // 4),
+            lambda space, ring_bytes: stretch.quiet_stretches(space, ring_bytes),
         )
         self.seconds = math.inf
         """Of the best."""
@@ -61,7 +66,10 @@ class Proposals:
     def look(self) -> None:
         """Every rule with some sizes, then the best rules with finer ones."""
         for ring_bytes in reversed(self._ring_sizes):  # what reaches the limit with a large ring has time to spare
-            for rule in range(len(self._rules)):
+            for rule in range(RULES):
+                self._try(ring_bytes, rule)
+        for ring_bytes, _ in self._best():
+            for rule in range(RULES, len(self._rules)):
                 self._try(ring_bytes, rule)
         if self._finer:
             for ring_bytes, rule in self._best():
@@ -87,5 +95,5 @@ class Proposals:
         if resident not in self._found:
             self._found[resident] = self._estimate(resident)
             self.seconds = min(self.seconds, self._found[resident])
-            self._reached += self._found[resident] <= self._limit
+            self._reached += self._found[resident] <= self._enough
         self._tried[ring_bytes, rule] = self._found[resident]

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from lib_async_lowvram.core.pipeline import Workload
 
-RATES = 10
+RATES = 8
 """Halvings of the range of rates that `in_pace` looks through."""
 
 

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .busy_wait import BusyWait
 from .streams import Event
 
 Operation = Callable[["CopyEngine"], None]
@@ -109,8 +110,11 @@ class CopyHold:
 class CopyEngine:
     """See the module's docstring. Serves as the stream handle of its lane."""
 
-    def __init__(self, lane: str, link: Link, seed: int) -> None:
+    def __init__(self, lane: str, link: Link, seed: int, busy: bool = False) -> None:
+        """`busy`: its thread stays awake shortly before a copy ends (`busy_wait`). It sleeps when there is no work: awake it would take the
+        interpreter's lock, now and then, from whatever else is measured."""
         self.lane = lane
+        self._busy = BusyWait() if busy else None
         self.link = link
         self.copies = 0
         self.link_clock_s = 0.0
@@ -212,6 +216,16 @@ class CopyEngine:
             self._queue.append(lambda engine: setattr(engine, "error", None if engine.error is error else engine.error))
             self._changed.notify_all()
 
+    def sleep_until(self, when_s: float) -> None:
+        """Return at `when_s` (`time.perf_counter`), or a little later."""
+        remaining = when_s - time.perf_counter()
+        if not 0 < remaining < math.inf:
+            return
+        if self._busy is not None:
+            self._busy.until(when_s)
+        else:
+            time.sleep(remaining)
+
     def delay(self) -> float:
         return self._random.uniform(0.0, self.link.jitter_seconds) if self.link.jitter_seconds > 0 else 0.0
 
@@ -230,13 +244,13 @@ class CopyOperation:
         start = max(engine.link_clock_s, self._ready_s) + engine.delay()
         if engine.error is not None:
             return  # behind one that failed
-        sleep_until(start)
+        engine.sleep_until(start)
         error = link.fail_copy(number) if link.fail_copy is not None else None
         if error is None:
             ctypes.memmove(self._destination.data_ptr(), self._source.data_ptr(), nbytes)
         moved = time.perf_counter()
         deadline = start + link.latency + nbytes / link.bandwidth + engine.delay()
-        sleep_until(deadline)
+        engine.sleep_until(deadline)
         engine.link_clock_s = deadline
         # Where moving the bytes took longer than the link would have, that is when they were there.
         engine.last_reached_s = max(deadline, moved)
@@ -244,10 +258,3 @@ class CopyOperation:
             raise error
         if link.on_copy is not None:
             link.on_copy(engine.lane, start, engine.last_reached_s, nbytes)
-
-
-def sleep_until(when_s: float) -> None:
-    """Return at `when_s` (`time.perf_counter`), or a little later."""
-    remaining = when_s - time.perf_counter()
-    if 0 < remaining < math.inf:
-        time.sleep(remaining)

@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 
 from .address_ranges import PinnedRanges
+from .busy_wait import BusyWait
 from .copy_engine import CopyEngine, CopyHold, CopyOperation, Link, SimulatedEvent
 from .simulated_memory import SimulatedMemory, poison
 from .streams import Event, Stream, Streams
@@ -65,7 +66,9 @@ class SimulatedStreams(Streams):
         offload_bandwidth: float | None = None,
         fail_copy: Callable[[int], BaseException | None] | None = None,
         on_copy: Callable[[str, float, float, int], None] | None = None,
+        busy: bool = False,
     ) -> None:
+        """`busy`: for measurements: a stream that waits stays awake (`busy_wait`)."""
         self.device, self.name = torch.device("cpu"), "simulated"
         self.poison, self.pinning = poison, pinning
         self._memory = SimulatedMemory(capacity_bytes)
@@ -75,8 +78,9 @@ class SimulatedStreams(Streams):
         self._local = threading.local()
         self._pinned = PinnedRanges()
         links = [Link(_positive(bandwidth), latency, jitter_seconds, fail_copy, on_copy) for _ in range(2)]
-        self.onload_stream = CopyEngine("onload", links[0], seed)
+        self.onload_stream = CopyEngine("onload", links[0], seed, busy)
         self.offload_stream = CopyEngine("offload", links[1], seed)
+        self._busy = BusyWait() if busy else None
         self._engines = (self.onload_stream, self.offload_stream)
         self._offload_follows = offload_bandwidth is None
         if offload_bandwidth is not None:
@@ -155,6 +159,8 @@ class SimulatedStreams(Streams):
             raise ValueError(f"{stream!r} is another thread: only that one can make it wait")
         if not event.reached:
             begin = time.perf_counter()
+            if self._busy is not None:
+                self._busy.until_true(lambda: event.reached)
             event.block()
             with self._lock:
                 self.stall_seconds += time.perf_counter() - begin

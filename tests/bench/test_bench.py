@@ -34,7 +34,7 @@ def document(folder):
 
 
 def test_document(document):
-    assert document["schema"] == 2 and document["settings"]["budgets"] == ["1%", "50%", "100%", "equal"]
+    assert document["schema"] == 3 and document["settings"]["budgets"] == ["1%", "50%", "100%", "equal"]
     environment = document["environment"]
     assert environment["device"] == "simulated" and environment["torch"] == torch.__version__ and environment["ram_bytes"] > 0
     slow, fast = document["cases"]
@@ -68,7 +68,7 @@ def test_results(document):
             beside = result["compute_seconds"]  # of the resident model's passes beside this row's own
             assert beside > 0
             assert result["limit_seconds"] == pytest.approx(max(beside, (total - effective) / bandwidth))
-            assert result["best_schedule_seconds"] >= 0.999 * result["limit_seconds"]
+            assert result["best_schedule_seconds"] >= 0.999 * result["floor_seconds"] >= 0.998 * result["limit_seconds"]
             assert result["schedule_efficiency"] == pytest.approx(result["best_schedule_seconds"] / result["seconds_per_pass"])
             overhead = result["seconds_per_pass"] - beside - result["stall_seconds"]
             assert result["overhead_seconds"] == pytest.approx(overhead)
@@ -83,6 +83,7 @@ def test_results(document):
         assert whole["details"]["streamed_bytes_per_pass"] < half["details"]["streamed_bytes_per_pass"] < total
         assert equal["equal_to"] == "stock" and equal["budget_bytes"] == stock["peak_weight_bytes"] < total // 2
         assert resident["host_pinned_bytes"] == stock["host_pinned_bytes"] == 0
+        assert resident["floor_seconds"] is None and stock["floor_seconds"] is None  # nothing is known of their budget
         assert resident["compute_seconds"] == stock["compute_seconds"] == compute
         assert stock["limit_seconds"] == pytest.approx(max(compute, (total - stock["peak_weight_bytes"]) / bandwidth))
 
@@ -172,7 +173,7 @@ def test_round_trip_and_schema(document, tmp_path):
     assert results.read(tmp_path / "copy.json") == document
     assert set(document["cases"][0]["results"][0]) == set(Result.__dataclass_fields__)
     for broken, message in (
-        ({**document, "schema": 3}, "schema 3"),
+        ({**document, "schema": 4}, "schema 4"),
         ({**document, "kind": "other"}, "not a result"),
         ({key: value for key, value in document.items() if key != "environment"}, "lacks 'environment'"),
         ({**document, "cases": [{}]}, "case 0 lacks workload"),
@@ -185,6 +186,21 @@ def test_round_trip_and_schema(document, tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(BenchError, match="not JSON"):
         results.read(tmp_path / "broken.json")
+
+
+def test_older_documents_are_read_and_show_what_they_lack_as_unknown(document, tmp_path):
+    for case in document["cases"]:
+        for result in case["results"]:
+            del result["floor_seconds"], result["compute_seconds"]
+    document["schema"] = 1
+    results.write(tmp_path / "old.json", document)
+    read = results.read(tmp_path / "old.json")
+    assert {result["floor_seconds"] for case in read["cases"] for result in case["results"]} == {None}
+    assert "None" not in render.markdown(read)
+    render.draw(tmp_path / "old.png", read)
+    results.write(tmp_path / "new.json", {**document, "schema": results.SCHEMA})
+    with pytest.raises(BenchError, match="lacks floor_seconds, compute_seconds"):
+        results.read(tmp_path / "new.json")
 
 
 def test_documents_of_different_devices_are_not_joined(document):

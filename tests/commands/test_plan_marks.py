@@ -29,7 +29,7 @@ def test_the_table(tmp_path, capsys, monkeypatch):
     rows = json.loads(path.read_text(encoding="utf-8"))["marks"]
     assert [row["share_percent"] for row in rows] == [30, 70]
     for row in rows:
-        assert row["limit_seconds"] <= row["plan_seconds"] <= row["mark_seconds"] * 1.0001
+        assert row["limit_seconds"] <= row["floor_seconds"] <= row["plan_seconds"] <= row["mark_seconds"] * 1.0001
         assert row["plan_seconds"] <= min(row["rules_seconds"].values()) * 1.0001
         assert row["resident_bytes"] + row["ring_bytes"] <= row["budget_bytes"]
     assert "planned in" in capsys.readouterr().out

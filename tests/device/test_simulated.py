@@ -18,9 +18,9 @@ from lib_async_lowvram.device.simulated import SimulatedStreams
 from lib_async_lowvram.device.streams import ALIGNMENT, align
 
 
-@pytest.fixture
-def streams():
-    made = SimulatedStreams(capacity_bytes=1 << 24, bandwidth=math.inf, latency=0.0)
+@pytest.fixture(params=[False, True], ids=["asleep", "awake"])
+def streams(request):
+    made = SimulatedStreams(capacity_bytes=1 << 24, bandwidth=math.inf, latency=0.0, busy=request.param)
     yield made
     made.close()
 
@@ -146,9 +146,10 @@ def test_the_compute_stream_belongs_to_the_calling_thread(streams):
 
 @given(st.lists(st.integers(1, 1 << 16), min_size=1, max_size=6), st.sampled_from([1e6, 1e7, 1e8]), st.sampled_from([0.0, 1e-3]))
 @settings(max_examples=10, deadline=None)
-def test_a_burst_takes_exactly_what_the_link_clock_says(sizes, bandwidth, latency):
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_burst_takes_exactly_what_the_link_clock_says(busy, sizes, bandwidth, latency):
     spans = []
-    streams = SimulatedStreams(bandwidth=bandwidth, latency=latency, on_copy=lambda *span: spans.append(span))
+    streams = SimulatedStreams(bandwidth=bandwidth, latency=latency, on_copy=lambda *span: spans.append(span), busy=busy)
     memory = HostMemory(streams)
     masters = [host_block(memory, [1] * size) for size in sizes]
     with streams.hold_copies():  # all are ready when the first begins, so they run back to back
