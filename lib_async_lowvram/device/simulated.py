@@ -68,7 +68,7 @@ class SimulatedStreams(Streams):
         on_copy: Callable[[str, float, float, int], None] | None = None,
         busy: bool = False,
     ) -> None:
-        """`busy`: for measurements: a stream that waits stays awake (`busy_wait`)."""
+        """`busy`: for measurements: who waits stays awake (`busy_wait`), but for `outwait`."""
         self.device, self.name = torch.device("cpu"), "simulated"
         self.poison, self.pinning = poison, pinning
         self._memory = SimulatedMemory(capacity_bytes)
@@ -159,9 +159,7 @@ class SimulatedStreams(Streams):
             raise ValueError(f"{stream!r} is another thread: only that one can make it wait")
         if not event.reached:
             begin = time.perf_counter()
-            if self._busy is not None:
-                self._busy.until_true(lambda: event.reached)
-            event.block()
+            self._block(event)
             with self._lock:
                 self.stall_seconds += time.perf_counter() - begin
         self._tell(event)
@@ -172,8 +170,14 @@ class SimulatedStreams(Streams):
     def synchronize(self, event: Event) -> None:
         with self._lock:
             self.host_waits += 1
-        _simulated(event).block()
+        event = _simulated(event)
+        self._block(event)
         self._tell(event)
+
+    def _block(self, event: SimulatedEvent) -> None:
+        if self._busy is not None:
+            self._busy.until_true(lambda: event.reached)
+        event.block()
 
     def outwait(self, event: Event) -> None:
         _simulated(event).block()
