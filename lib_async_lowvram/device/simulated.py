@@ -15,20 +15,19 @@ call it anywhere.
 
 from __future__ import annotations
 
-import math
 import mmap
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 
 from .address_ranges import PinnedRanges
 from .busy_wait import BusyWait
-from .copy_engine import CopyEngine, CopyHold, CopyOperation, Link, SimulatedEvent
+from .copy_engine import CopyEngine, CopyOperation, Link, SimulatedEvent
+from .simulated_link import SimulatedLink, positive
 from .simulated_memory import SimulatedMemory, poison
 from .streams import Event, Stream, Streams
 
@@ -47,10 +46,8 @@ class ComputeStream:
         return f"<simulated compute stream of {self.name}>"
 
 
-class SimulatedStreams(Streams):
-    """See the module's docstring. All of `bandwidth`, `offload_bandwidth` (bytes/s), `latency`, `jitter_seconds` (s),
-    `fail_copy`, `on_copy` (see `Link`) may be changed at any time; copies that have not begun yet follow. So may `poison`:
-    memory freed from then on follows."""
+class SimulatedStreams(SimulatedLink, Streams):
+    """See the module's docstring. `poison` may be changed at any time, as all of `SimulatedLink` may: memory freed from then on follows."""
 
     knows_stalls = True
 
@@ -77,61 +74,8 @@ class SimulatedStreams(Streams):
         self._lock = threading.Lock()
         self._local = threading.local()
         self._pinned = PinnedRanges()
-        links = [Link(_positive(bandwidth), latency, jitter_seconds, fail_copy, on_copy) for _ in range(2)]
-        self.onload_stream = CopyEngine("onload", links[0], seed, busy)
-        self.offload_stream = CopyEngine("offload", links[1], seed)
         self._busy = BusyWait() if busy else None
-        self._engines = (self.onload_stream, self.offload_stream)
-        self._offload_follows = offload_bandwidth is None
-        if offload_bandwidth is not None:
-            self.offload_bandwidth = offload_bandwidth
-        # Collected without `close`: the threads end by themselves. At interpreter exit they die as daemons.
-        weakref.finalize(self, _stop, self._engines).atexit = False
-
-    # -- the link ------------------------------------------------------------------------------------------------------
-    @property
-    def bandwidth(self) -> float:
-        """Bytes per second, of both directions unless `offload_bandwidth` was set."""
-        return self.onload_stream.link.bandwidth
-
-    @bandwidth.setter
-    def bandwidth(self, value: float) -> None:
-        self.onload_stream.link.bandwidth = _positive(value)
-        if self._offload_follows:
-            self.offload_stream.link.bandwidth = _positive(value)
-
-    @property
-    def offload_bandwidth(self) -> float:
-        return self.offload_stream.link.bandwidth
-
-    @offload_bandwidth.setter
-    def offload_bandwidth(self, value: float) -> None:
-        self._offload_follows = False
-        self.offload_stream.link.bandwidth = _positive(value)
-
-    latency = property(lambda self: self._engines[0].link.latency, lambda self, value: self._set("latency", value))
-    jitter_seconds = property(
-        lambda self: self._engines[0].link.jitter_seconds, lambda self, value: self._set("jitter_seconds", value)
-    )
-    fail_copy = property(lambda self: self._engines[0].link.fail_copy, lambda self, value: self._set("fail_copy", value))
-    on_copy = property(lambda self: self._engines[0].link.on_copy, lambda self, value: self._set("on_copy", value))
-
-    def _set(self, name: str, value: object) -> None:
-        for engine in self._engines:
-            setattr(engine.link, name, value)
-
-    @contextmanager
-    def hold_copies(self, lane: Literal["onload", "offload"] | None = None) -> Iterator[CopyHold]:
-        """Inside, no further copy of `lane` (None: of either) starts, nor does anything enqueued behind it happen,
-        except copies let through by `.let_pass(n)`: for tests that need an order instead of a sleep."""
-        held = tuple(engine for engine in self._engines if lane in (None, engine.lane))
-        for engine in held:
-            engine.hold()
-        try:
-            yield CopyHold(held)
-        finally:
-            for engine in held:
-                engine.release()
+        self._open_link(Link(positive(bandwidth), latency, jitter_seconds, fail_copy, on_copy), offload_bandwidth, seed, busy)
 
     # -- streams and events --------------------------------------------------------------------------------------------
     def current_stream(self) -> Stream:
@@ -319,23 +263,6 @@ class SimulatedStreams(Streams):
         other._memory, other._pinned = self._memory.part(), self._pinned
         return other
 
-    # -- life ----------------------------------------------------------------------------------------------------------
-    def close(self) -> None:
-        _stop(self._engines)
-        for engine in self._engines:
-            engine.join()
-
-    # -- inside --------------------------------------------------------------------------------------------------------
-    def _engine(self, stream: Stream) -> CopyEngine:
-        if stream not in self._engines:
-            raise ValueError(f"{stream!r} is not a copy stream of this device")
-        return stream
-
-
-def _stop(engines: tuple[CopyEngine, ...]) -> None:
-    for engine in engines:
-        engine.stop()
-
 
 def _simulated(event: Event) -> SimulatedEvent:
     if not isinstance(event, SimulatedEvent):
@@ -350,9 +277,3 @@ def _when_all_reached(events: list[SimulatedEvent], action: Callable[[], None]) 
             event.on_reach(lambda rest=events[number + 1 :]: _when_all_reached(rest, action))
             return
     action()
-
-
-def _positive(bandwidth: float) -> float:
-    if not bandwidth > 0:
-        raise ValueError(f"bandwidth must be above zero bytes/s, not {bandwidth}")
-    return math.inf if bandwidth == math.inf else float(bandwidth)
