@@ -11,7 +11,7 @@ compute as long as they compute. With C seconds of computing per pass, c of them
 
     seconds per pass >= C - c + max(c, (U - B) / w)
 
-Pure; bytes and seconds; no torch. Callers: `plan` and `bench`.
+Pure; bytes and seconds; no torch. Callers: `core.plan`, whose search may end near it, and the commands `plan` and `bench`, which show it.
 """
 
 from __future__ import annotations
