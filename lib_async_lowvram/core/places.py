@@ -14,7 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from heapq import nsmallest
 
-ANCHORS = 12
+ANCHORS = 24
 """Spans, the oldest, at whose ends a place is looked for."""
 
 
