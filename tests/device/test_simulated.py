@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import threading
 import weakref
 
@@ -15,13 +14,6 @@ from hypothesis import strategies as st
 from lib_async_lowvram.device.host_memory import HostMemory
 from lib_async_lowvram.device.simulated import SimulatedStreams
 from tests.device.simulated_rig import host_block, poisoned
-
-
-@pytest.fixture(params=[False, True], ids=["asleep", "awake"])
-def streams(request):
-    made = SimulatedStreams(capacity_bytes=1 << 24, bandwidth=math.inf, latency=0.0, busy=request.param)
-    yield made
-    made.close()
 
 
 # -- copies and events -------------------------------------------------------------------------------------------------

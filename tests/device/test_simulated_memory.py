@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,13 +12,6 @@ from lib_async_lowvram.device.host_memory import HostMemory
 from lib_async_lowvram.device.simulated import SimulatedStreams
 from lib_async_lowvram.device.streams import ALIGNMENT, align
 from tests.device.simulated_rig import host_block, poisoned
-
-
-@pytest.fixture(params=[False, True], ids=["asleep", "awake"])
-def streams(request):
-    made = SimulatedStreams(capacity_bytes=1 << 24, bandwidth=math.inf, latency=0.0, busy=request.param)
-    yield made
-    made.close()
 
 
 # -- device memory and poison ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import nn
 
 from lib_async_lowvram import AsyncModelMover
 from lib_async_lowvram.device.recorder import RecordingStreams
-from tests.mover.chains import LEAF_BYTES, Chain, Leaf, attached, pair, simulated
+from tests.mover.chains import LEAF_BYTES, Chain, attached, pair, simulated
 
 ALL = 6 * LEAF_BYTES
 SLOW = {"bandwidth": 2e8, "latency": 1e-5, "jitter_seconds": 2e-5, "seed": 7}
@@ -44,22 +44,3 @@ def finished(mover: AsyncModelMover, streams: Any, net: nn.Module, twin: nn.Modu
         assert torch.equal(mine, theirs)
     if isinstance(streams, RecordingStreams):
         streams.check()
-
-
-def halve(leaf: Leaf) -> None:
-    leaf.weight.mul_(0.5)
-
-
-def replace(leaf: Leaf) -> None:
-    leaf.weight = nn.Parameter(leaf.weight * 0.5)
-
-
-def assign(leaf: Leaf) -> None:
-    leaf.weight.data = leaf.weight * 0.5
-
-
-def give_bias(leaf: Leaf) -> None:
-    leaf.bias = nn.Parameter(torch.linspace(0.0, 1.0, 8))
-
-
-CHANGES = [halve, replace, assign, give_bias]

@@ -14,7 +14,8 @@ from lib_async_lowvram.core.states import ONLOADING
 from lib_async_lowvram.device.staging import Staged, Stager
 from lib_async_lowvram.device.streams import Event
 from tests.mover.chains import LEAF_BYTES, Chain, Leaf, attached, call, on_thread, pair, same, simulated
-from tests.mover.staging_rig import ALL, CHANGES, SLOW, Stop, finished, halve, judged, staged
+from tests.mover.changes import CHANGES, halve
+from tests.mover.staging_rig import ALL, SLOW, Stop, finished, judged, staged
 from tests.mover.zoo import EVERYTHING
 
 pytestmark = pytest.mark.usefixtures("the_limit_holds")

@@ -6,28 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
 
 from lib_async_lowvram import NetworkSpec, Region
 from tests.mover.chains import LEAF_BYTES, Chain, Leaf, ObligingStreams, attached, call, judged, pair, recorded, same, simulated
+from tests.mover.changes import assign, give_bias, halve, replace
 
 EVERYTHING = 1 << 20
-
-
-def halve(leaf: Leaf) -> None:
-    leaf.weight.mul_(0.5)
-
-
-def replace(leaf: Leaf) -> None:
-    leaf.weight = nn.Parameter(leaf.weight * 0.5)
-
-
-def assign(leaf: Leaf) -> None:
-    leaf.weight.data = leaf.weight * 0.5
-
-
-def give_bias(leaf: Leaf) -> None:
-    leaf.bias = nn.Parameter(torch.linspace(0.0, 1.0, 8))
 
 
 def to_half(leaf: Leaf) -> None:
