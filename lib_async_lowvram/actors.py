@@ -51,28 +51,27 @@ class SpanActor:
 class UnitActor:
     """Acquire and release of one unit, in streamed passes."""
 
-    __slots__ = ("_network", "_unit")
+    __slots__ = ("_device", "_lock", "_network", "_unit")
 
     def __init__(self, network: Network, unit: Unit) -> None:
         self._network, self._unit = network, unit
+        self._lock, self._device = network.context.lock, network.context.streams.device
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        network = self._network
-        with network.context.lock:
+        with self._lock:
             try:
-                network.calls.acquire(self._unit, module)
+                self._network.calls.acquire(self._unit, module)
             except BaseException as error:
-                if not network.met(error, goes_on=True, module=module):
+                if not self._network.met(error, goes_on=True, module=module):
                     raise
-        return moved(args, kwargs, network.context.streams.device)
+        return moved(args, kwargs, self._device)
 
     def after(self, module: nn.Module) -> None:
-        network = self._network
-        with network.context.lock:
+        with self._lock:
             try:
-                network.calls.release(self._unit)
+                self._network.calls.release(self._unit)
             except BaseException as error:
-                if not network.met(error, goes_on=True, module=module):
+                if not self._network.met(error, goes_on=True, module=module):
                     raise
 
 

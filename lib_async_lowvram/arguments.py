@@ -16,11 +16,15 @@ def moved(args: tuple, kwargs: dict, device: torch.device) -> tuple[tuple, dict]
     if device.type == "cpu":
         return None
 
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.device != device:
+            break
+    else:
+        return None  # as nearly always
+
     def move(value: object) -> object:
         return value.to(device) if isinstance(value, torch.Tensor) and value.device != device else value
 
-    if not any(isinstance(value, torch.Tensor) and value.device != device for value in (*args, *kwargs.values())):
-        return None
     return tuple(map(move, args)), {key: move(value) for key, value in kwargs.items()}
 
 

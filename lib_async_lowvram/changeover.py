@@ -36,6 +36,11 @@ class Changeover:
         self.grown: set[int] = set()
         """That is over: their next copies belong to the next pass, and to blocks of their own."""
 
+    @property
+    def under_way(self) -> bool:
+        """Whether anything passes through the ring for the last time, or has."""
+        return bool(self._growing or self.grown)
+
     def to(self, plan: Plan) -> None:
         """Between two passes, when all residents have arrived and were swept: follow `plan`, whose ring is as large. Raises torch's
         out-of-memory error when there is no room to grow, with nothing grown."""

@@ -60,7 +60,8 @@ class ModuleTree:
             seen.add(id(module))
             found.append(id(module))
             found.append(len(module._parameters) << 16 | len(module._buffers))
-            stack.extend(module._modules.values())
+            if module._modules:
+                stack.extend(module._modules.values())
         return tuple(found)
 
     def scan(self) -> Tree:

@@ -10,13 +10,14 @@ Called by `streaming` under the mover's lock, on the thread that runs the networ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import torch
 
 from lib_async_lowvram.core.plan import Plan
 from lib_async_lowvram.core.ring import Ring
 from lib_async_lowvram.core.states import HOST, IN_USE, ONLOADING, READY, WRITE_BACK
+from lib_async_lowvram.core.steady import SteadyOrder, steady_order
 from lib_async_lowvram.device.arena import Arena
 from lib_async_lowvram.device.staging import last_of
 from lib_async_lowvram.device.streams import Event, Stream, Streams
@@ -69,9 +70,24 @@ class Slots:
         """Memory of units without a place."""
         return list(self._own.values())
 
-    def fences(self) -> Sequence[Event]:
-        """What whoever overwrites the ring must have waited for."""
+    def fences(self) -> dict[Hashable, Event]:
+        """What whoever overwrites the ring must have waited for, by whose key."""
         return self._ring.fences()
+
+    def steady_order(self, sequence: Sequence[int]) -> SteadyOrder | None:
+        """See `core.steady`."""
+        ring = self._ring
+        return steady_order(sequence, ring.offsets, ring.nbytes, ring.ring_bytes)
+
+    def is_bound(self, unit: Unit) -> bool:
+        """Whether the unit's views are over its place in the ring, which is as large as it is."""
+        view = self._views.get(unit.index)
+        return view is not None and unit.memory is view and view.numel() == unit.nbytes
+
+    def restore(self, live: Iterable[Unit], left: Mapping[Hashable, Event]) -> None:
+        """See `Ring.restore`."""
+        self._ring.restore([unit.index for unit in live], left)
+        self._hindered = None
 
     def blockers(self, unit: Unit) -> list[Unit]:
         """Who stands in its place."""

@@ -94,7 +94,7 @@ class Streaming:
             self._since_timed = 0
             self._transfers.clock = LeafClock(self._streams, arriving=not self._timed, every_copy=looked_at)
             self._transfers.clock.start()
-        self.uses.issue_ahead()
+        self.uses.begin_pass(quiet=self._transfers.clock is None and self._context.trace is None and not self._residents.expected)
 
     def _changes_over(self) -> bool:
         """Between two passes: to a better plan, if there is one by now. Whether the order is another one."""
@@ -171,7 +171,7 @@ class Streaming:
         self._residents.sweep()
         # Not for all that the onload stream was given: behind our copies there may be those for the network that comes next.
         offload = streams.offload_stream
-        for event in (*self._slots.fences(), self._transfers.called_off(self._units)):
+        for event in (*self._slots.fences().values(), self._transfers.called_off(self._units)):
             if event is not None:
                 streams.wait(offload, event)
         settled = streams.record(offload)
@@ -202,7 +202,7 @@ class Streaming:
     def fences(self) -> tuple[Event, ...]:
         """What `blocks` are free behind, beyond what the host has waited for: a device may have something to do with what was
         discarded."""
-        return tuple(self._slots.fences())
+        return self.uses.fences()
 
     def abandon(self) -> None:
         """Loose tensors go home; `blocks` are the caller's to free. Nothing is in flight, and units are home already."""

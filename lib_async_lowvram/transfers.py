@@ -52,6 +52,17 @@ class Transfers:
         self._enqueue(unit, unit.memory)
         self._newest, self._made = unit.copied, True
 
+    def onload_again(self, unit: Unit) -> None:
+        """The same for a unit as most are in most passes: on the host, bound to memory of its size, its master pinned and true, and no copy
+        of it under way. (Not asked here.) Nor are there timing events."""
+        streams = self._streams
+        stream = streams.onload_stream
+        unit.state = ONLOADING
+        self._counters.streamed_bytes += unit.nbytes
+        streams.copy(unit.memory, unit.master, stream)
+        self._newest = unit.copied = streams.record(stream)
+        self._made = True
+
     def fetch(self, unit: Unit, memory: torch.Tensor) -> None:
         """The same into `memory`, for a unit of a network that is not in use: its state stays HOST, and it is bound to nothing."""
         last_of(unit.copied, self._streams)

@@ -26,6 +26,7 @@ from lib_async_lowvram.device.streams import Event
 from lib_async_lowvram.device.weights import LAYOUT, NONE, VALUES, Change, Unit
 from lib_async_lowvram.residents import Residents
 from lib_async_lowvram.slots import Slots
+from lib_async_lowvram.steady import SteadyPass
 from lib_async_lowvram.transfers import Transfers
 
 if TYPE_CHECKING:
@@ -57,20 +58,46 @@ class Uses:
         self._used: dict[int, Unit] = {}  # of those in use: were released while `hold` was on, so that only it keeps them (at depth 1)
         self._started: dict[int, float] = {}  # for the trace only
         self._unseen = {unit.index for unit in self._units if not unit.resident}  # not onloaded since the network was entered
+        self._steady = SteadyPass(network, slots, transfers)
         self.consumer = self._streams.current_stream()
         self.written_back: Event | None = None
 
     @property
     def any(self) -> bool:
         """Whether a streamed unit is between its acquire and its release."""
-        return bool(self._in_use)
+        return bool(self._in_use) or self._steady.in_use is not None
+
+    def fences(self) -> tuple[Event, ...]:
+        """What whoever overwrites the ring must have waited for."""
+        return (*self._slots.fences().values(), *self._steady.fences())
+
+    # -- passes --------------------------------------------------------------------------------------------------------
+    def begin_pass(self, quiet: bool) -> None:
+        """The order's position is at the start. `quiet`: nobody wants to be told of this pass, and no resident is on its way."""
+        self.issue_ahead()
+        changing = self._changeover.under_way or self._unseen or self._in_use
+        self._steady.begin(self.consumer, quiet and not changing)
+
+    def _see_to_it(self, ended: bool = False) -> None:
+        """From here on this pass is not followed as a steady one any more, if it was. `ended`: because it is over."""
+        steady = self._steady
+        if steady.on:
+            unit = steady.in_use
+            self._issued, self._blocked = steady.stop(ended), False
+            if unit is not None:
+                self._in_use[unit.index] = unit
 
     # -- acquire -------------------------------------------------------------------------------------------------------
     def acquire(self, unit: Unit) -> None:
         """`unit` is about to be read by the calling thread's current stream."""
+        steady = self._steady
+        if steady.on and steady.acquire(unit):
+            return
         if unit.depth:
             unit.depth += 1
             return
+        if steady.on:
+            self._see_to_it()
         if unit.resident:
             self._residents.arrive(unit)
             self.consumer = self._streams.current_stream()
@@ -130,6 +157,11 @@ class Uses:
         if unit.depth > 1:
             unit.depth -= 1
             return
+        steady = self._steady
+        if steady.on:
+            if steady.release(unit):
+                return
+            self._see_to_it()
         if unit.resident or unit.index not in self._in_use:
             return
         if self._holding:
@@ -141,11 +173,13 @@ class Uses:
     def hold(self) -> bool:
         """From now on units stay until `let_go` instead of leaving after their use: they are about to be used again. False where that
         is so already."""
+        self._see_to_it()
         before, self._holding = self._holding, True
         return not before
 
     def let_go(self) -> None:
         """End of `hold`: what was used leaves now."""
+        self._see_to_it()
         self._holding = False
         self._finish_used(list(self._used.values()))
         self._used.clear()
@@ -185,7 +219,8 @@ class Uses:
             self._changeover.released(unit)
 
     def finish_leftovers(self) -> None:
-        """Release what a BaseException left in use."""
+        """A pass is over: release what a BaseException left in use."""
+        self._see_to_it(ended=True)
         self._holding = False
         self._used.clear()
         for unit in list(self._in_use.values()):
@@ -236,6 +271,7 @@ class Uses:
 
     def resynchronise(self) -> None:
         """The order jumped: what is on the device stays, but nothing counts as issued any more."""
+        self._see_to_it()
         self._issued = 0
         self._blocked = False
         for unit in self._slots.standing:

@@ -60,6 +60,11 @@ class ExecutionOrder:
             self.position = places[later] if later < len(places) else places[0]
         return False
 
+    def follow(self, steps: int) -> None:
+        """The same as `advance` for each of the first `steps` units of the cycle, in a pass in which nothing has fired yet."""
+        self._fired.extend(self.sequence[:steps])
+        self.position = steps - 1
+
     def ahead(self, steps: int) -> int:
         """The unit `steps` occurrences after the position (1 = the next), wrapping round the cycle."""
         return self.sequence[(self.position + steps) % len(self.sequence)]

@@ -16,7 +16,7 @@ Offsets and sizes in bytes. Fences are opaque. Caller: `network`, under the move
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 
@@ -106,8 +106,19 @@ class Ring:
         self._serial += 1
         self._left.append((start, end, self._serial, stream_key, fence))
 
-    def fences(self) -> list[Any]:
+    def restore(self, live: Iterable[int], left: Mapping[Hashable, Any]) -> None:
+        """Others have kept account of who came and left: `live` are here now, and anything may be overwritten only after the fences in
+        `left`, by stream key. Nothing else has to be waited for."""
+        self.live = {unit: self._spans[unit] for unit in live}
+        standing = sorted((start, unit) for unit, (start, end) in self.live.items() if start != end)
+        self._starts, self._standing = [start for start, _ in standing], [unit for _, unit in standing]
+        self.live_bytes = sum(end - start for start, end in self.live.values())
+        self._left.clear()
+        for key, fence in left.items():
+            self._serial += 1
+            self._left.append((0, self.ring_bytes, self._serial, key, fence))
+
+    def fences(self) -> dict[Hashable, Any]:
         """What must have passed, beside what the copy stream was told to wait for, before the whole slab may be given back:
-        the newest fence of every stream."""
-        latest = {key: event for _, _, _, key, event in self._left}
-        return list(latest.values())
+        the newest fence of every stream, by its key."""
+        return {key: event for _, _, _, key, event in self._left}

@@ -56,6 +56,9 @@ LEGAL: dict[UnitState, frozenset[UnitState]] = {
     ),
 }
 
+AT_ONCE = {(ONLOADING, IN_USE): (READY,), (IN_USE, HOST): (READY,), (HOST, ONLOADING): ()}
+"""Changes that `steady` makes by assignment, since it has just looked at the state, and the states on the way: what it costs counts."""
+
 
 class IllegalTransition(RuntimeError):
     """The mover tried to move a unit between two states that have no edge."""

@@ -67,4 +67,4 @@ def test_fences_cover_all_streams() -> None:
     ring.vacate(1, "b", "b1")
     ring.occupy(0)
     ring.vacate(0, "a", "a2")
-    assert set(ring.fences()) == {"a2", "b1"}
+    assert set(ring.fences().values()) == {"a2", "b1"}

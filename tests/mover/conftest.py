@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from lib_async_lowvram.device.host_memory import HostMemory
+from lib_async_lowvram.planning import Planning
 from tests.mover import chains, staging_rig
+from tests.mover.steady_rig import Asked
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +19,18 @@ def close_devices() -> Iterator[None]:
     yield
     while chains.OPEN:
         chains.OPEN.pop().close()
+
+
+@pytest.fixture
+def one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is resident stays so, whatever was measured."""
+    monkeypatch.setattr(Planning, "better", lambda *args: None)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """See there; from now on."""
+    return Asked(monkeypatch)
 
 
 @pytest.fixture

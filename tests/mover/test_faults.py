@@ -24,6 +24,7 @@ from lib_async_lowvram.planning import Planning
 from lib_async_lowvram.region_pass import RegionPass
 from lib_async_lowvram.residents import Residents
 from lib_async_lowvram.slots import Slots
+from lib_async_lowvram.steady import SteadyPass
 from lib_async_lowvram.streaming import Streaming
 from lib_async_lowvram.transfers import Transfers
 from lib_async_lowvram.uses import Uses
@@ -32,16 +33,17 @@ from tests.mover.chains import LEAF_BYTES, Chain, attached, call, pair, recorded
 RING = 2 * LEAF_BYTES
 PARTS: list[tuple[type, str]] = [
     *((Unit, name) for name in ("to", "bind", "publish", "unpublish", "host_change", "device_change", "accept_versions", "pack")),
-    *((Ring, name) for name in ("blockers", "occupy_free", "vacate", "fences")),
-    *((Slots, name) for name in ("free_unwanted", "vacate", "onload", "close", "fences")),
-    *((Transfers, name) for name in ("onload", "wait_and_publish", "write_back")),
+    *((Ring, name) for name in ("blockers", "occupy_free", "vacate", "restore", "fences")),
+    *((Slots, name) for name in ("free_unwanted", "vacate", "onload", "close", "fences", "steady_order", "is_bound", "restore")),
+    *((SteadyPass, name) for name in ("begin", "acquire", "release", "stop")),
+    *((Transfers, name) for name in ("onload", "onload_again", "wait_and_publish", "write_back")),
     *((Residents, name) for name in ("onload_next", "onload_before", "arrive", "all_arrived", "sweep", "shed", "expect", "make_room")),
     *((Changeover, name) for name in ("to", "released", "next_pass")),
-    *((Uses, name) for name in ("acquire", "release", "issue_ahead", "finish_leftovers", "_finish")),
+    *((Uses, name) for name in ("begin_pass", "acquire", "release", "issue_ahead", "finish_leftovers", "_finish")),
     *((Streaming, name) for name in ("begin_pass", "end_pass", "settle", "close")),
     *((RegionPass, name) for name in ("start", "before", "after", "close")),
     *((Contents, name) for name in ("true_up", "adopt", "join", "rebuild")),
-    *((ExecutionOrder, name) for name in ("advance", "begin_pass", "end_pass")),
+    *((ExecutionOrder, name) for name in ("advance", "follow", "begin_pass", "end_pass")),
     *((Planning, name) for name in ("make", "better", "learn", "began", "timed")),
     *((Learned, name) for name in ("plan", "refined")),
     *((Arena, name) for name in ("slot", "block", "release_block")),
@@ -139,16 +141,16 @@ def test_errors_of_the_device_go_to_the_host(error: Exception, monkeypatch: pyte
     streams = simulated()
     net, twin = pair()
     mover = attached(net, streams)
-    onload = Transfers.onload
 
     def fail(self: Transfers, *args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr(Transfers, "onload", fail)
-    with pytest.raises(type(error)):
-        call(net, streams)
-        call(net, streams)
-    monkeypatch.setattr(Transfers, "onload", onload)
+    with monkeypatch.context() as patched:
+        patched.setattr(Transfers, "onload", fail)
+        patched.setattr(Transfers, "onload_again", fail)
+        with pytest.raises(type(error)):
+            call(net, streams)
+            call(net, streams)
     mover.drain()
     assert not mover.demoted
     same(net, twin, streams)

@@ -82,6 +82,8 @@ def test_the_same_bits_and_nothing_in_memory(streams: Streams, tmp_path: Path, b
     rig.mover.detach()
     assert all(rig.file.offset_of(parameter) is not None for parameter in rig.net.parameters())
     if isinstance(streams, RecordingStreams):
+        for mine, theirs in zip(rig.net.parameters(), rig.twin.parameters(), strict=True):
+            theirs.data = mine.data  # on some CPUs where a matrix begins decides its product's last bits
         rig.passes(1)
 
 

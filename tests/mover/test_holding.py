@@ -11,8 +11,9 @@ from torch import nn
 
 from lib_async_lowvram import AsyncModelMover
 from lib_async_lowvram.device.streams import Streams
-from lib_async_lowvram.planning import Planning
 from tests.mover.chains import LEAF_BYTES, Chain, Leaf, X, attached, call, handed_over, judged, on_thread, pair, recorded, same, simulated
+
+pytestmark = pytest.mark.usefixtures("one_plan")
 
 
 class Parts(nn.Module):
@@ -47,12 +48,6 @@ def made(streams: Streams, budget: int = 1, make: Callable[[], Parts] = Parts, *
     mover = attached(net, streams, budget, **config)
     net.times, net.hold = times, mover.holding
     return net, twin, mover
-
-
-@pytest.fixture(autouse=True)
-def one_plan(monkeypatch):
-    """What is resident stays so, whatever was measured."""
-    monkeypatch.setattr(Planning, "better", lambda *args: None)
 
 
 def counted(mover: AsyncModelMover, work: Callable[[], None], *names: str) -> list[int]:
