@@ -19,7 +19,7 @@ COPY_OVERHEAD_SECONDS = 8e-6
 """Per copy, whatever its size: what enqueuing and starting a DMA copy takes on current hosts (shared/plan_reference)."""
 
 IN_STEP_SECONDS = 60e-6
-"""Per acquire and release on a device that computes in step with the host: 16 us of our hooks (`bench overhead`), and what the turns of
+"""Per acquire and release on a device that computes in step with the host: 7 us of our hooks (`bench overhead`), and what the turns of
 the simulated copy engine take from the thread that computes (60 to 120 us in all, `bench`; plans made with 20 to 150 us take
 equally long)."""
 
