@@ -285,7 +285,7 @@ class Async(Contender):
     def _counts(self) -> dict[str, int]:
         names = ("passes", "hits", "misses", "refetches", "write_backs", "host_waits", "streamed_bytes")
         status = self.mover.status()
-        return {name: status[name] for name in names}
+        return {**{name: status[name] for name in names}, "replanned": status["networks"]["unet"]["replanned"]}
 
 
 def _add_copy(trace: Trace, engine: str, start: float, end: float, nbytes: int) -> None:

@@ -27,7 +27,7 @@ IMPLEMENTATIONS = {
     *("use_logger.py", "recorder_actors.py", "happens_before.py", "cuda_errors.py", "choose.py"),
 }
 CALLS = ("wait", "record", "synchronize", "outwait")
-FIRST = """events lookahead write_back kept fetch_ahead changeover buffers failed_copies preview_worker staging loose_and_packing
+FIRST = """steady steady_between events lookahead write_back kept fetch_ahead changeover buffers failed_copies preview_worker staging loose_and_packing
 foreign_formats gradients"""
 LAST = ROOT / "tests/mover/test_fault_table.py"  # takes a minute, and judges no orderings
 TESTS = (
