@@ -27,8 +27,8 @@ IMPLEMENTATIONS = {
     *("use_logger.py", "recorder_actors.py", "happens_before.py", "cuda_errors.py", "choose.py"),
 }
 CALLS = ("wait", "record", "synchronize", "outwait")
-FIRST = """steady steady_between events lookahead write_back kept fetch_ahead changeover buffers failed_copies preview_worker staging loose_and_packing
-foreign_formats gradients"""
+FIRST = """steady steady_between events lookahead write_back kept fetch_ahead changeover buffers failed_copies preview_worker staging
+loose_and_packing foreign_formats gradients"""
 LAST = ROOT / "tests/mover/test_fault_table.py"  # takes a minute, and judges no orderings
 TESTS = (
     *(ROOT / f"tests/mover/test_{each}.py" for each in FIRST.split()),
