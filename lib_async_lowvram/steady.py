@@ -48,7 +48,7 @@ class SteadyPass:
         self._transfers = transfers
         self.on = False
         self.in_use: Unit | None = None
-        self._known: tuple[object, int] | None = None  # what the next four are true of: an order, and packs
+        self._known: tuple[object, int] | None = None  # what the next three are true of: an order, and packs
         self._steady: SteadyOrder | None = None
         self._units: list[Unit | None] = []  # by step, and None after the last one
         self._batches: list[tuple[Unit, ...]] = []  # by step: onloads that follow its release
