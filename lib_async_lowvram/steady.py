@@ -167,7 +167,7 @@ class SteadyPass:
             self._issued += len(batch)
             transfers, pinned = self._transfers, self._pinned
             for unit in batch:
-                if pinned and unit.written is None:
+                if pinned and unit.state is HOST and unit.written is None:
                     transfers.onload_again(unit)
                 else:
                     if unit.state is WRITE_BACK:

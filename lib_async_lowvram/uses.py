@@ -73,9 +73,10 @@ class Uses:
 
     # -- passes --------------------------------------------------------------------------------------------------------
     def begin_pass(self, quiet: bool) -> None:
-        """The order's position is at the start. `quiet`: nobody wants to be told of this pass, and no resident is on its way."""
+        """After `finish_leftovers`, with the order's position at the start. `quiet`: nobody wants to be told of this pass, and no resident
+        is on its way."""
         self.issue_ahead()
-        changing = self._changeover.under_way or self._unseen or self._in_use
+        changing = self._changeover.under_way or self._unseen
         self._steady.begin(self.consumer, quiet and not changing)
 
     def _see_to_it(self, ended: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The states of a unit and the only function that changes them.
+"""The states of a unit and the function that changes them; past it go only the changes in `AT_ONCE`.
 
     HOST        parameters point at the master; no device memory
     ONLOADING   device memory is taken and a copy into it is enqueued; nobody may read it yet
@@ -6,7 +6,7 @@
     IN_USE      published: parameters point at the device memory between acquire and release
     WRITE_BACK  a changed copy is on its way to the master; the master is not true for anybody who has not waited
 
-Callers: `network` and `lifecycle`, under the mover's lock. An illegal transition is a bug in the mover, never a condition
+Caller: `device.weights.Unit`, under the mover's lock. An illegal transition is a bug in the mover, never a condition
 of the host, and raises.
 """
 
@@ -57,7 +57,8 @@ LEGAL: dict[UnitState, frozenset[UnitState]] = {
 }
 
 AT_ONCE = {(ONLOADING, IN_USE): (READY,), (IN_USE, HOST): (READY,), (HOST, ONLOADING): ()}
-"""Changes that `steady` makes by assignment, since it has just looked at the state, and the states on the way: what it costs counts."""
+"""(from, to): the states on the way. Changes that are made by assignment in passes that are followed (`steady`, `Transfers.onload_again`),
+where the state has just been looked at: there each call costs a share of the time per pass."""
 
 
 class IllegalTransition(RuntimeError):
