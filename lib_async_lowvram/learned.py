@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lib_async_lowvram.core.pipeline import Workload
-from lib_async_lowvram.core.plan import Plan, least_budget, make_plan
+from lib_async_lowvram.core.plan import Plan, least_budget
+from lib_async_lowvram.core.slack import make_plan_with_slack
 from lib_async_lowvram.device.streams import align
 from lib_async_lowvram.device.weights import Unit
 from lib_async_lowvram.region_pass import Observed
@@ -171,11 +172,11 @@ class Learned:
         return least_budget(self.workload(units))
 
     def plan(self, units: Sequence[Unit], budget_bytes: int, lookahead_bytes: int, small_unit_bytes: int) -> Plan:
-        """See `core.plan.make_plan`. One part in `HEADROOM` of the budget stays free where it can: until the next plan, residents may
+        """See `core.slack`. One part in `HEADROOM` of the budget stays free where it can: until the next plan, residents may
         grow (LoRA adds biases)."""
         load = self.workload(units)
         spare = budget_bytes // HEADROOM // PAGE * PAGE
         if load.total_bytes <= budget_bytes or budget_bytes - spare < least_budget(load):
             spare = 0
-        plan = make_plan(load, budget_bytes - spare, lookahead_bytes=lookahead_bytes, small_unit_bytes=small_unit_bytes)
+        plan = make_plan_with_slack(load, budget_bytes - spare, lookahead_bytes=lookahead_bytes, small_unit_bytes=small_unit_bytes)
         return replace(plan, budget_bytes=plan.budget_bytes + spare)

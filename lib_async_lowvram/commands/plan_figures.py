@@ -16,7 +16,8 @@ from lib_async_lowvram.bench.report import milliseconds, table
 from lib_async_lowvram.commands.unet_walk import PROMPT_TOKENS, Leaf, Unet, sum_flops
 from lib_async_lowvram.core.floor import floor_seconds
 from lib_async_lowvram.core.pipeline import Workload
-from lib_async_lowvram.core.plan import GRAIN, Plan, make_plan
+from lib_async_lowvram.core.plan import GRAIN, Plan
+from lib_async_lowvram.core.slack import make_plan_with_slack
 from lib_async_lowvram.safetensors_header import FLOATING
 
 LEAST_SECONDS = 12e-6
@@ -124,7 +125,7 @@ def plan_row(load: Workload, plan: Plan, wish: int) -> dict[str, Any]:
 
 def plan_rows(load: Workload, wishes: Sequence[int], lookahead: int, small: int) -> list[dict[str, Any]]:
     """One row for each budget of `wishes`, bytes."""
-    return [plan_row(load, make_plan(load, wish, lookahead_bytes=lookahead, small_unit_bytes=small), wish) for wish in wishes]
+    return [plan_row(load, make_plan_with_slack(load, wish, lookahead_bytes=lookahead, small_unit_bytes=small), wish) for wish in wishes]
 
 
 def describe_unet(unet: Unet, device: Device, pixels: tuple[int, int]) -> dict[str, Any]:
