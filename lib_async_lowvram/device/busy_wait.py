@@ -23,7 +23,7 @@ LOOK_SECONDS = 30e-6
 LEAST_RATE = 1e5
 """Iterations per second that any processor does."""
 
-SHARE = 0.7
+SHARE = 0.9
 """Of the time that is left, computed through in one go: a few calls, and the lock is asked for as often."""
 
 

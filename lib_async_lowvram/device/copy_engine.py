@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import ctypes
 import math
+import queue
 import random
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -121,7 +121,9 @@ class CopyEngine:
         self.last_reached_s = 0.0
         self._random = random.Random(f"{seed}:{lane}")
         self._changed = threading.Condition()
-        self._queue: deque[Operation | None] = deque()
+        # A queue in C: what the host spends on handing over a copy is time that a real one would not take from the computing.
+        self._queue: queue.SimpleQueue[Operation | None] = queue.SimpleQueue()
+        self._submitting = threading.RLock()  # nothing goes in behind the end; the garbage collector may `stop` in the middle
         self._thread: threading.Thread | None = None
         self._closed = False
         self._holds = 0
@@ -135,14 +137,13 @@ class CopyEngine:
 
     # -- from any thread -----------------------------------------------------------------------------------------------
     def submit(self, operation: Operation) -> None:
-        with self._changed:
+        with self._submitting:
             if self._closed:
                 raise RuntimeError(f"{self!r} is closed")
-            self._queue.append(operation)
+            self._queue.put(operation)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name=f"async-lowvram-{self.lane}", daemon=True)
                 self._thread.start()
-            self._changed.notify_all()
 
     def hold(self) -> None:
         with self._changed:
@@ -163,11 +164,13 @@ class CopyEngine:
 
     def stop(self) -> None:
         """Take nothing more; the thread ends when what is queued is done, holds or not. Idempotent."""
+        with self._submitting:
+            if self._closed:
+                return
+            self._closed = True
+            self._queue.put(None)
         with self._changed:
-            if not self._closed:
-                self._closed = True
-                self._queue.append(None)
-                self._changed.notify_all()
+            self._changed.notify_all()
 
     def join(self) -> None:
         """Wait for the end of a stopped engine's thread."""
@@ -177,10 +180,7 @@ class CopyEngine:
     # -- the engine's thread -------------------------------------------------------------------------------------------
     def _work(self) -> None:
         while True:
-            with self._changed:
-                while not self._queue:
-                    self._changed.wait()
-                operation = self._queue.popleft()
+            operation = self._queue.get()
             if operation is None:
                 return
             try:
@@ -210,11 +210,9 @@ class CopyEngine:
 
     def forget(self, error: BaseException) -> None:
         """A host thread has been told; what it submits from here on happens again."""
-        with self._changed:
-            if self._closed or self._thread is None:
-                return
-            self._queue.append(lambda engine: setattr(engine, "error", None if engine.error is error else engine.error))
-            self._changed.notify_all()
+        with self._submitting:
+            if not self._closed and self._thread is not None:
+                self._queue.put(lambda engine: setattr(engine, "error", None if engine.error is error else engine.error))
 
     def sleep_until(self, when_s: float) -> None:
         """Return at `when_s` (`time.perf_counter`), or a little later."""

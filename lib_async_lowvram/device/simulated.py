@@ -163,12 +163,14 @@ class SimulatedStreams(SimulatedLink, Streams):
             self.synchronize(self.record(stream))
 
     def discard(self, memory: torch.Tensor, after: Event) -> Event:
+        if not self.poison:
+            return after
         after = _simulated(after)
         if not self._memory.holds(memory):
             raise ValueError("discard of memory that is not inside a living block of this device")
         with self._lock:
             shared = any(start <= memory.data_ptr() < end for start, end in self._shared.items())
-        if not self.poison or shared:
+        if shared:
             return after
         event = SimulatedEvent()
         if after.reached:
