@@ -68,9 +68,14 @@ class AddressRanges:
 
 class PinnedRanges:
     """What is pinned. `remove` takes no lock: the garbage collector may call it in the middle of any other method, when a
-    block dies; it is carried out before anything is next looked up or added."""
+    block dies; it is carried out before anything is next looked up or added.
+
+    Attributes:
+        version: another object after every addition and removal.
+    """
 
     def __init__(self) -> None:
+        self.version = object()
         self._lock = threading.Lock()
         self._ranges = AddressRanges()
         self._removed: deque[int] = deque()
@@ -82,11 +87,13 @@ class PinnedRanges:
             if self._ranges.overlaps(address, address + nbytes):
                 return False
             self._ranges.add(address, address + nbytes)
+            self.version = object()
             return True
 
     def remove(self, address: int) -> None:
         """Forget the range that begins at `address`, if any does."""
         self._removed.append(address)
+        self.version = object()
 
     def contains(self, address: int, nbytes: int) -> bool:
         """Whether all of [address, address + nbytes) is pinned by one range."""

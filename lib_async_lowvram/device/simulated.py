@@ -31,6 +31,9 @@ from .simulated_link import SimulatedLink, positive
 from .simulated_memory import SimulatedMemory, poison
 from .streams import Event, Stream, Streams
 
+COPIES_KNOWN = 1 << 14
+"""That were found to be from or to pinned memory: a network has a few thousand."""
+
 Pinning = Literal["all", "none"] | Callable[[int, int], bool]
 
 
@@ -74,6 +77,7 @@ class SimulatedStreams(SimulatedLink, Streams):
         self._lock = threading.Lock()
         self._local = threading.local()
         self._pinned = PinnedRanges()
+        self._pinned_copies: dict[tuple, tuple[object, object]] = {}  # engine, addresses and bytes -> versions of memory and pinning
         self._busy = BusyWait() if busy else None
         self._open_link(Link(positive(bandwidth), latency, jitter_seconds, fail_copy, on_copy), offload_bandwidth, seed, busy)
 
@@ -153,14 +157,27 @@ class SimulatedStreams(SimulatedLink, Streams):
             raise ValueError(f"copy of {source.numel()} bytes into {destination.numel()}")
         if not source.numel():
             return
+        # The same copy again, and nothing was allocated, freed, pinned or unpinned since: what was found then is true.
+        known, places = (self._memory.version, self._pinned.version), (engine, destination.data_ptr(), source.data_ptr(), host.numel())
+        pinned = self._pinned_copies.get(places) == known
+        if not pinned:
+            pinned = self._check_copy(engine, host, device)
+            if pinned:
+                self._pinned_copies[places] = known
+        engine.submit(CopyOperation(destination, source))
+        if not pinned:
+            self.synchronize(self.record(stream))
+
+    def _check_copy(self, engine: CopyEngine, host: torch.Tensor, device: torch.Tensor) -> bool:
+        """Whether the host side is pinned. ValueError where one of the two is not on its side."""
         begin = host.data_ptr()
         if not self._memory.holds(device):
             raise ValueError(f"{engine.lane} copy: the device side is not inside a living block of this device")
         if self._memory.overlaps(begin, begin + host.numel()):
             raise ValueError(f"{engine.lane} copy: the host side lies in device memory")
-        engine.submit(CopyOperation(destination, source))
-        if not self.is_pinned(begin, host.numel()):
-            self.synchronize(self.record(stream))
+        if len(self._pinned_copies) >= COPIES_KNOWN:
+            self._pinned_copies.clear()
+        return self.is_pinned(begin, host.numel())
 
     def discard(self, memory: torch.Tensor, after: Event) -> Event:
         if not self.poison:

@@ -29,13 +29,14 @@ class SimulatedMemory:
     """Blocks by address. Sizes count as torch's allocator counts them: rounded up to `ALIGNMENT`.
 
     Attributes:
-        allocated_bytes, peak_bytes: as in `Streams`.
+        allocated_bytes, peak_bytes: as in `Streams`. version: another object after every allocation and free.
     """
 
     def __init__(self, capacity_bytes: int, whole: SimulatedMemory | None = None) -> None:
         """`whole`: the memory that this one is a part of, with books of its own and no capacity of its own."""
         self.capacity_bytes = capacity_bytes
         self.allocated_bytes = self.peak_bytes = 0
+        self.version = object()
         self._whole = whole
         self._in_parts = 0
         self._lock = threading.RLock() if whole is None else whole._lock
@@ -82,6 +83,7 @@ class SimulatedMemory:
     def _enter(self, block: torch.Tensor, size: int) -> torch.Tensor:
         if size:
             self._blocks.add(block.data_ptr(), block.data_ptr() + block.numel())
+            self.version = object()
         self._book(size)
         return block
 
@@ -104,6 +106,7 @@ class SimulatedMemory:
             if self._blocks.find(begin) != (begin, begin + nbytes):
                 raise ValueError("free of memory that is not a living block of this device (freed twice, or a part of one?)")
             self._blocks.remove(begin)
+            self.version = object()
             self._book(-align(nbytes))
 
     def reset_peak(self) -> None:

@@ -184,3 +184,48 @@ def test_freed_memory_is_handed_out_again_only_without_poison_and_after_its_last
     assert (again.data_ptr() == block.data_ptr()) is not poisoned
     assert streams.allocated_bytes == 8192
     streams.close()
+
+
+# -- copies that were looked at before ---------------------------------------------------------------------------------
+@pytest.fixture
+def copied(streams):
+    """(host memory, device block), between which onloads have just been made."""
+    source, block = host_block(HostMemory(streams), [7, 8]), streams.allocate(2)
+    for _ in range(2):
+        streams.copy(block, source, streams.onload_stream)
+    assert streams.host_waits == 0
+    return source, block
+
+
+def test_the_same_copy_waits_once_its_memory_is_not_pinned_any_more(streams, copied):
+    source, block = copied
+    streams.unpin(source.data_ptr())
+    streams.copy(block, source, streams.onload_stream)
+    assert streams.host_waits == 1
+    assert streams.pin(source.data_ptr(), 2)
+    streams.copy(block, source, streams.onload_stream)
+    assert streams.host_waits == 1
+
+
+def test_the_same_copy_is_refused_once_its_block_is_freed(streams, copied):
+    source, block = copied
+    streams.free(block)
+    with pytest.raises(ValueError, match="not inside a living block"):
+        streams.copy(block, source, streams.onload_stream)
+
+
+def test_the_same_memory_in_the_other_direction_is_another_copy(streams, copied):
+    source, block = copied
+    with pytest.raises(ValueError, match="not inside a living block"):
+        streams.copy(block, source, streams.offload_stream)
+
+
+def test_what_is_remembered_of_copies_is_bounded(streams, copied, monkeypatch):
+    source, block = copied
+    monkeypatch.setattr("lib_async_lowvram.device.simulated.COPIES_KNOWN", 3)
+    blocks = [streams.allocate(2) for _ in range(9)]
+    for each in blocks:
+        streams.copy(each, source, streams.onload_stream)
+    assert len(streams._pinned_copies) <= 3
+    streams.synchronize(streams.record(streams.onload_stream))
+    assert all(each.tolist() == [7, 8] for each in blocks)
