@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
@@ -11,7 +9,6 @@ from torch import nn
 from lib_async_lowvram import AsyncModelMover, NetworkSpec, OffloadConfig, Region
 from lib_async_lowvram.bench.unet import regions, sd15
 from lib_async_lowvram.large.chunks import CannotChunk, automatic_limit, in_chunks, parts, weight_bytes
-from lib_async_lowvram.learned import Learned
 from tests.mover.chains import call, simulated
 
 
@@ -113,21 +110,6 @@ def test_what_is_no_batch_is_named() -> None:
             root[0](x, other=torch.zeros(3, 2))
         with pytest.raises(CannotChunk, match="Odd made tuple of 2 samples"):
             root[0](x, pair=True)
-
-
-@pytest.fixture
-def same_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As though every leaf took 100 us and the link did 1 GB/s, always: which leaves share a place in the ring, and are streamed twice
-    where they take turns, is not left to what is measured."""
-    of = Learned.of
-
-    def figures(*args: object) -> Learned:
-        learned = of(*args)
-        return replace(learned, lead_seconds=0.0, bandwidth=1e9, steps=tuple((unit, 1e-4) for unit, _ in learned.steps))
-
-    monkeypatch.setattr(Learned, "of", figures)
-    for name in ("refined", "timed", "linked"):
-        monkeypatch.setattr(Learned, name, lambda self, *args, **kwargs: self)
 
 
 class Streamed:
