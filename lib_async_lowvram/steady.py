@@ -5,7 +5,7 @@ the host longer than the calls that do the work, and comes to the same in every 
 
 How: once a pass has ended as a steady one does (`core.steady`), the next one is followed here. At each acquire and release it is checked
 that this is the unit that is due, that it is in the state it should be in, that nobody has changed it (I5), and that the stream is still
-the same; then the copy is waited for and published (I4), or the place is left and the batch enqueued that follows, behind that use. At
+the same; the copy is waited for and published (I4), or the place is left and the batch enqueued that follows, behind that use. At
 the first thing that is otherwise `stop` brings order and ring up to date, and `uses` goes on from there as if it had always been at work:
 nothing has been done yet for the call that was not as expected.
 
@@ -122,19 +122,22 @@ class SteadyPass:
 
     # -- uses ----------------------------------------------------------------------------------------------------------
     def acquire(self, unit: Unit) -> bool:
-        """See `Uses.acquire`. False: this is not as expected, and nothing has been done."""
+        """See `Uses.acquire`. False: this is not as expected, and nothing has been done, but perhaps the stream waits for the copy."""
         if unit is not self._units[self._step] or unit.state is not ONLOADING:
             return False
-        consumer = self._streams.current_stream()
-        if unit.dirty or unit.host_change() is not NONE or consumer != self._consumer:
+        streams, copied = self._streams, unit.copied
+        consumer = streams.current_stream()
+        if consumer != self._consumer:
             return False
-        self._counters.hits += 1
-        copied = unit.copied
         if type(copied) is Staged:
+            if unit.dirty or unit.host_change() is not NONE:
+                return False
             self._transfers.wait_and_publish(unit, consumer)
         else:
-            self._streams.wait(consumer, copied)
-            unit.publish()
+            streams.wait(consumer, copied)
+            if not unit.publish_unchanged():
+                return False
+        self._counters.hits += 1
         unit.state = IN_USE
         unit.pending = 0
         unit.depth = 1
@@ -143,11 +146,10 @@ class SteadyPass:
 
     def release(self, unit: Unit) -> bool:
         """See `Uses.release`. False: this is not as expected, and nothing has been done."""
-        if unit is not self.in_use or unit.device_change() is not NONE:
+        if unit is not self.in_use or not unit.unpublish_unchanged():
             return False
         streams, left, step = self._streams, self._left, self._step
         consumer = streams.current_stream()
-        unit.unpublish()
         used = streams.record(consumer)
         unit.depth = 0
         unit.state = HOST

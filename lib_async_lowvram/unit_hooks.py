@@ -33,16 +33,45 @@ class Actor(Protocol):
         """Post-forward, whatever happened inside short of a BaseException."""
 
 
-_Registry = weakref.WeakKeyDictionary
-_SPANS: _Registry[nn.Module, Actor] = _Registry()
-_UNITS: _Registry[nn.Module, Actor] = _Registry()
-_OBSERVED: _Registry[nn.Module, Actor] = _Registry()
+class Registry:
+    """Who acts for which module, which is held weakly. By identity: a `WeakKeyDictionary` makes a reference and hashes it at every look,
+    and there are two looks per use of a unit."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, Actor] = {}
+        """By `id` of the module, while that lives."""
+        self._living: dict[int, weakref.ref[nn.Module]] = {}
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+    def __contains__(self, module: nn.Module) -> bool:
+        return id(module) in self.of
+
+    def __setitem__(self, module: nn.Module, actor: Actor) -> None:
+        key = id(module)
+
+        def gone(_ref: weakref.ref, of: dict = self.of, living: dict = self._living) -> None:
+            of.pop(key, None)  # before anybody else can have this identity
+            living.pop(key, None)
+
+        self._living[key] = weakref.ref(module, gone)
+        self.of[key] = actor
+
+    def pop(self, module: nn.Module) -> None:
+        """Nobody acts for `module` from here on."""
+        self._living.pop(id(module), None)
+        self.of.pop(id(module), None)
 
 
-def _before(registry: _Registry[nn.Module, Actor], module: nn.Module, args: tuple, kwargs: dict | None) -> Any:
+_SPANS, _UNITS, _OBSERVED = Registry(), Registry(), Registry()
+_UNIT_OF = _UNITS.of
+
+
+def _before(registry: Registry, module: nn.Module, args: tuple, kwargs: dict | None) -> Any:
     """`kwargs` is None when a hook that ran just before this one, in the same call, has taken this one off: torch calls it all
     the same, but no longer knows that it wants them. Whoever acts for the module now, if anybody, must hear of the call."""
-    actor = registry.get(module)
+    actor = registry.of.get(id(module))
     if actor is None:
         return None
     if kwargs is not None:
@@ -56,20 +85,20 @@ def _span_before(module: nn.Module, args: tuple, kwargs: dict | None = None) -> 
 
 
 def _span_after(module: nn.Module, args: tuple, output: Any) -> None:
-    actor = _SPANS.get(module)
+    actor = _SPANS.of.get(id(module))
     if actor is not None:
         actor.after(module)
 
 
 def _unit_before(module: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
-    actor = _UNITS.get(module)
+    actor = _UNIT_OF.get(id(module))
     if actor is None or kwargs is None:
         return _before(_UNITS, module, args, kwargs)
     return actor.before(module, args, kwargs)
 
 
 def _unit_after(module: nn.Module, args: tuple, output: Any) -> None:
-    actor = _UNITS.get(module)
+    actor = _UNIT_OF.get(id(module))
     if actor is not None:
         actor.after(module)
 
@@ -79,12 +108,12 @@ def _observed_before(module: nn.Module, args: tuple, kwargs: dict | None = None)
 
 
 def _observed_after(module: nn.Module, args: tuple, output: Any) -> None:
-    actor = _OBSERVED.get(module)
+    actor = _OBSERVED.of.get(id(module))
     if actor is not None:
         actor.after(module)
 
 
-_ROLES: dict[str, tuple[_Registry, Callable, Callable]] = {
+_ROLES: dict[str, tuple[Registry, Callable, Callable]] = {
     "span": (_SPANS, _span_before, _span_after),
     "unit": (_UNITS, _unit_before, _unit_after),
     "observed": (_OBSERVED, _observed_before, _observed_after),
@@ -98,7 +127,7 @@ def _not_compiled(disable: Callable, hook: Callable) -> Callable:
     return disable(hook)
 
 
-def _hooks_of(role: str) -> tuple[_Registry, Callable, Callable]:
+def _hooks_of(role: str) -> tuple[Registry, Callable, Callable]:
     """Where nobody has compiled anything yet, its machinery is not loaded for this: that takes seconds."""
     registry, before, after = _ROLES[role]
     disable = getattr(sys.modules.get("torch._dynamo"), "disable", None)  # None as well while another thread is still importing it
@@ -126,7 +155,7 @@ class Installed:
         """Take the hooks off."""
         module = self._module()
         if module is not None:
-            self._registry.pop(module, None)
+            self._registry.pop(module)
         for handle in self._handles:
             handle.remove()
         self._handles = ()

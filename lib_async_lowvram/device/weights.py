@@ -228,6 +228,16 @@ class Unit:
             for entry in mine:
                 held[entry.name].data = entry.device
 
+    def publish_unchanged(self) -> bool:
+        """`publish`, if nothing differs from the master and nobody said so: in one go, for nearly every use is so. False: something
+        does, and nothing has been done."""
+        found: list[tuple[nn.Parameter, Entry]] = []
+        if self.dirty or self._change(False, found) is not NONE:
+            return False
+        for parameter, entry in found:
+            parameter.data = entry.device
+        return True
+
     def unpublish(self) -> None:
         """Point the parameters at the master again and take their versions as seen."""
         for ref, _count, _absent, mine in self._parts:
@@ -239,6 +249,15 @@ class Unit:
                 parameter = held[entry.name]
                 parameter.data = entry.master
                 entry.version = parameter._version
+
+    def unpublish_unchanged(self) -> bool:
+        """`unpublish`, if `device_change` finds nothing. False: it does, and nothing has been done."""
+        found: list[tuple[nn.Parameter, Entry]] = []
+        if self.dirty or self.suspect or self._change(True, found) is not NONE:
+            return False
+        for parameter, entry in found:
+            parameter.data = entry.master
+        return True
 
     def held(self) -> list[tuple[nn.Parameter | None, Entry]] | None:
         """What the members hold now under each packed name, and its entry. None when they hold another number of parameters."""
@@ -261,7 +280,8 @@ class Unit:
         found = self._change(True)
         return VALUES if found is NONE and (self.dirty or self.suspect) else found
 
-    def _change(self, on_device: bool) -> Change:
+    def _change(self, on_device: bool, found: list[tuple[nn.Parameter, Entry]] | None = None) -> Change:
+        """`found` takes all that was looked at, where nothing differs."""
         change = NONE
         for ref, count, absent, mine in self._parts:  # twice per use of each unit
             module = ref()
@@ -289,6 +309,8 @@ class Unit:
                     return LAYOUT
                 if parameter._version != entry.version:
                     change = VALUES
+                elif found is not None:
+                    found.append((parameter, entry))
         return change
 
     def _written(self) -> bool:

@@ -99,6 +99,41 @@ def test_how_a_change_is_seen(
     assert look() is Change.NONE
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize(("name", "act", "expected"), CHANGES, ids=[name for name, _, _ in CHANGES])
+def test_what_changed_is_not_moved_in_one_go(
+    host: HostMemory, streams: SimulatedStreams, name: str, act: Callable[[Holder], object], expected: Change, on_device: bool
+) -> None:
+    module = Holder(weight=torch.randn(4, 4), gain=torch.randn(4), bias=None)
+    unit = unit_of(host, module)
+    unit.bind(streams.allocate(unit.nbytes))
+    if on_device:
+        unit.publish()
+    act(module)
+    before = [(parameter, parameter.data_ptr(), parameter._version) for parameter in module.parameters()]
+    move, look = (unit.unpublish_unchanged, unit.device_change) if on_device else (unit.publish_unchanged, unit.host_change)
+    assert move() is (expected is Change.NONE)
+    if expected is not Change.NONE:
+        assert look() is expected
+        assert [(parameter, parameter.data_ptr(), parameter._version) for parameter in module.parameters()] == before
+        return
+    there = unit.master if on_device else unit.memory
+    assert module.weight.data_ptr() == there.data_ptr()
+    assert unit.host_change() is (Change.NONE if on_device else Change.LAYOUT)
+    assert (unit.publish_unchanged if on_device else unit.unpublish_unchanged)()
+
+
+@pytest.mark.parametrize("flag", ["dirty", "suspect"])
+def test_what_somebody_told_of_is_not_moved_in_one_go(host: HostMemory, streams: SimulatedStreams, flag: str) -> None:
+    unit = unit_of(host, module := Holder(weight=torch.randn(4)))
+    unit.bind(streams.allocate(unit.nbytes))
+    setattr(unit, flag, True)
+    assert unit.publish_unchanged() is (flag == "suspect")  # that is about what was on the device
+    unit.publish()
+    assert not unit.unpublish_unchanged()
+    assert module.weight.data_ptr() == unit.memory.data_ptr()
+
+
 def test_a_change_told_of_counts_until_accepted(host: HostMemory, streams: SimulatedStreams) -> None:
     unit = unit_of(host, module := Holder(weight=torch.randn(4)))
     unit.bind(streams.allocate(unit.nbytes))

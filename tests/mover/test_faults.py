@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from tests.mover.chains import LEAF_BYTES, Chain, attached, call, pair, recorded
 RING = 2 * LEAF_BYTES
 PARTS: list[tuple[type, str]] = [
     *((Unit, name) for name in ("to", "bind", "publish", "unpublish", "host_change", "device_change", "accept_versions", "pack")),
+    *((Unit, name) for name in ("publish_unchanged", "unpublish_unchanged")),
     *((Ring, name) for name in ("blockers", "occupy_free", "vacate", "restore", "fences")),
     *((Slots, name) for name in ("free_unwanted", "vacate", "onload", "close", "fences", "steady_order", "is_bound", "restore")),
     *((SteadyPass, name) for name in ("begin", "acquire", "release", "stop")),
@@ -161,19 +163,23 @@ def test_an_illegal_transition_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     streams = recorded()
     net, twin = pair()
     mover = attached(net, streams)
-    publish = Unit.publish
+    publishing = {name: getattr(Unit, name) for name in ("publish", "publish_unchanged")}
 
-    def fail(self: Unit) -> None:
-        if self.name.endswith("3"):
-            raise IllegalTransition("injected")
-        publish(self)
+    def failing(publish: Callable[[Unit], object]) -> Callable[[Unit], object]:
+        def fail(self: Unit) -> object:
+            if self.name.endswith("3"):
+                raise IllegalTransition("injected")
+            return publish(self)
 
-    monkeypatch.setattr(Unit, "publish", fail)
-    with torch.no_grad():
-        expected = twin(torch.ones(1, 8))
-    with pytest.raises(IllegalTransition):  # the region pass that takes over meets it again: then there is nothing left to try
-        call(net, streams)
-    monkeypatch.setattr(Unit, "publish", publish)
+        return fail
+
+    with monkeypatch.context() as patched:
+        for name, publish in publishing.items():
+            patched.setattr(Unit, name, failing(publish))
+        with torch.no_grad():
+            expected = twin(torch.ones(1, 8))
+        with pytest.raises(IllegalTransition):  # the region pass that takes over meets it again: then there is nothing left to try
+            call(net, streams)
     mover.drain()
     assert "IllegalTransition" in mover.demoted
     with torch.no_grad():
