@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from tests.mover.fault_table import FAULTS, PHASES, Fault, Phase, all_places
+from tests.mover.fault_kinds import FAULTS, PHASES, Fault, Phase
+from tests.mover.fault_table import all_places
 
 
 @pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.name)

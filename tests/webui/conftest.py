@@ -22,7 +22,9 @@ for path in (str(ROOT), str(HERE)):  # the library, as the WebUI has it on its p
         sys.path.insert(0, path)
 
 from lora_fixtures import pair, placed, plain, servers  # noqa: E402, F401
+from moving_rig import moving  # noqa: E402, F401
 from recording_mover import RecordingMover  # noqa: E402
+from retry_rig import lines  # noqa: E402, F401
 
 from lib_async_lowvram.webui import patching  # noqa: E402
 

@@ -12,7 +12,7 @@ import threading
 import pytest
 import tiny_models
 import torch
-from test_with_the_mover import Interrupt, job, moving, worked  # noqa: F401
+from moving_rig import Interrupt, job, worked
 
 from lib_async_lowvram.webui.lora import LoraBackups
 from tests import lora_double

@@ -7,8 +7,7 @@ import types
 import pytest
 import tiny_models
 import torch
-from test_with_the_mover import expected, job, worked
-from test_with_the_mover import moving as moving  # noqa: PLC0414 - a fixture
+from moving_rig import expected, job, worked
 
 from lib_async_lowvram.webui.settings import ENABLED, ON_DISK
 

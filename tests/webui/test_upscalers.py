@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny_models
 import torch
-from test_with_the_mover import KINDS, moving  # noqa: F401
+from moving_rig import KINDS
 
 from lib_async_lowvram.webui.settings import ENABLED
 
@@ -51,7 +51,7 @@ def test_without_a_model_and_switched_off_it_passes_through(webui, recording, en
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_same_pictures_with_an_empty_device_in_between(webui, moving, kind):  # noqa: F811
+def test_same_pictures_with_an_empty_device_in_between(webui, moving, kind):
     model = webui.sd_models.load_model(lambda: tiny_models.make(kind))
     twin = tiny_models.make(kind)
     resident, seen = [], []

@@ -13,77 +13,19 @@ import threading
 import pytest
 import tiny_models
 import torch
+from moving_rig import BUDGET, KINDS, Interrupt, expected, job, worked
 
-from lib_async_lowvram.config import OffloadConfig
-from lib_async_lowvram.device.simulated import SimulatedStreams
 from lib_async_lowvram.log import Remembered
-from lib_async_lowvram.mover import AsyncModelMover
-from lib_async_lowvram.webui.host import Host
-from lib_async_lowvram.webui.lowvram import Integration
 from lib_async_lowvram.webui.panel import Panel
-from lib_async_lowvram.webui.settings import ENABLED, PREFIX, SettingsReader
+from lib_async_lowvram.webui.settings import ENABLED, PREFIX
 from lib_async_lowvram.webui.status import complete as status_of
 from tests.webui.test_panel import validated as schema_of
-
-KINDS = ["sd1", "sd2", "sdxl"]
-BUDGET = 24 << 10
-
-
-@pytest.fixture
-def moving(webui):
-    """A started integration whose mover works with a budget of a few blocks."""
-    streams = SimulatedStreams(capacity_bytes=64 << 20, bandwidth=200e6, latency=1e-5, jitter_seconds=2e-4, seed=3, poison=True)
-    movers = []
-
-    def make_mover(config, device):
-        # A budget under one megabyte is below what the slider can say, and these models are that small.
-        small = OffloadConfig(budget_bytes=BUDGET, small_leaf_bytes=0, check_placement=True)
-        movers.append(AsyncModelMover(small, streams))
-        movers[-1].configure = lambda config: None
-        return movers[-1]
-
-    host = Host("1.10.1", False, torch.device("cpu"), True, "simulated")
-    integration = Integration.start(host, settings=SettingsReader(environment={}), make_mover=make_mover)
-    integration.movers = movers
-    yield integration
-    integration._in_job = False
-    integration.close()
-    streams.close()
-
-
-def job(webui, model, **kwargs):
-    """One picture as a job of the host, with the moments the extension relies on."""
-    state = webui.shared.state
-    state.begin("job")
-    try:
-        return tiny_models.picture(model, **kwargs)
-    finally:
-        webui.lowvram.send_everything_to_cpu()
-        webui.devices.torch_gc()
-        state.end()
-
-
-def worked(integration, *, undisturbed=True):
-    """The mover did its work, kept its promises, and nothing is left on the device. `undisturbed`: nobody made it leave the
-    device in the middle of sampling, which it may have to wait for."""
-    status = integration.status()
-    assert status["state"] == "active", status
-    assert status["streamed_bytes"] > 0 and status["hits"] > 0
-    assert status["placement_faults"] == 0, status["last_error"]
-    assert status["host_waits"] == 0 or not undisturbed
-    assert 0 < status["peak_weight_bytes"] <= BUDGET
-    assert status["allocated_bytes"] == 0
-    return status
 
 
 def validated(integration):
     """What a page is told about this integration, as the published schemas say."""
     panel = Panel(integration, "", Remembered())
     return schema_of(status_of(panel.status()), "status"), schema_of(panel.timeline(), "timeline")
-
-
-def expected(kind, **kwargs):
-    return tiny_models.picture(tiny_models.make(kind), **kwargs)
 
 
 def test_what_the_page_is_told(webui, moving):
@@ -215,91 +157,6 @@ def test_controlnet_style_calls_keep_the_device(webui, moving):
         assert torch.equal(job(webui, model), expected("sd1"))
     assert held == ["unet"] * len(held)
     worked(moving)
-
-
-def test_in_place_checkpoint_switch(webui, moving):
-    model = webui.sd_models.load_model(tiny_models.make)
-    job(webui, model)
-    job(webui, model)
-    other = tiny_models.make(seed=7)
-    webui.sd_models.load_weights_in_place(model, other.state_dict())
-    for _ in range(2):
-        assert torch.equal(job(webui, model), tiny_models.picture(other))
-    worked(moving)
-
-
-def test_checkpoint_switch_between_two_steps_as_the_refiner_does(webui, moving):
-    plain = tiny_models.make()
-    base, refiner = copy.deepcopy(plain.state_dict()), tiny_models.make(seed=7).state_dict()
-
-    def switching(switch):
-        return lambda step: switch(base if step == 0 else refiner) if step in (0, 2) else None
-
-    wanted = tiny_models.picture(plain, before_step=switching(lambda state: plain.load_state_dict(state)))
-    model = webui.sd_models.load_model(tiny_models.make)
-    for _ in range(3):
-        webui.sd_models.load_weights_in_place(model, base)
-        got = job(webui, model, before_step=switching(lambda state: webui.sd_models.load_weights_in_place(model, state)))
-        assert torch.equal(got, wanted)
-    worked(moving)
-
-
-def test_vae_in_another_precision(webui, moving):
-    def doubled(model):
-        model.first_stage_model.to(torch.float64)
-        return model
-
-    def decode(model):
-        with torch.no_grad():
-            return model.first_stage_model.decode(torch.ones(1, tiny_models.WIDTH, dtype=torch.float64))
-
-    model = webui.sd_models.load_model(tiny_models.make)
-    job(webui, model)
-    job(webui, model)
-    doubled(model)
-    wanted = decode(doubled(tiny_models.make()))
-    for _ in range(3):
-        assert torch.equal(decode(model), wanted)
-
-
-def test_models_kept_in_memory(webui, moving):
-    first = webui.sd_models.load_model(tiny_models.make)
-    job(webui, first)
-    second = webui.sd_models.load_beside(lambda: tiny_models.make("sdxl", seed=2))
-    for _ in range(2):
-        assert torch.equal(job(webui, second), tiny_models.picture(tiny_models.make("sdxl", seed=2)))
-        webui.sd_models.use_loaded(first)
-        assert torch.equal(job(webui, first), expected("sd1"))
-        webui.sd_models.use_loaded(second)
-    worked(moving)
-
-
-def test_thrown_away_and_loaded_anew(webui, moving):
-    for kind in [*KINDS, "sd1"]:
-        model = webui.sd_models.load_model(lambda kind=kind: tiny_models.make(kind))
-        for _ in range(2):
-            assert torch.equal(job(webui, model), expected(kind))
-    worked(moving)
-    assert len(moving.status()["networks"]) == 4
-    assert len(moving.movers) == 1
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_weights_changed_by_another_thread_right_after_loading(webui, moving, kind):
-    """As an option changed over HTTP does it, after the empty prompt was encoded on the loading thread."""
-
-    loader = threading.Thread(target=lambda: webui.sd_models.load_model(lambda: tiny_models.make(kind)))
-    loader.start()
-    loader.join()
-    model = webui.sd_models.model_data.sd_model
-    other = tiny_models.make(kind, seed=7)
-    webui.sd_models.load_weights_in_place(model, other.state_dict())
-    for _ in range(3):
-        assert torch.equal(job(webui, model), tiny_models.picture(other))
-
-
-class Interrupt(BaseException):
-    """As the host's own: not an Exception."""
 
 
 @pytest.mark.parametrize("error", [Interrupt, RuntimeError, torch.cuda.OutOfMemoryError])
