@@ -7,7 +7,7 @@ How: once a pass has ended as a steady one does (`core.steady`), the next one is
 that this is the unit that is due, that it is in the state it should be in, that nobody has changed it (I5), and that the stream is still
 the same; the copy is waited for and published (I4), or the place is left and the batch enqueued that follows, behind that use. At
 the first thing that is otherwise `stop` brings order and ring up to date, and `uses` goes on from there as if it had always been at work:
-nothing has been done yet for the call that was not as expected.
+nothing has been done yet for the call that was not as expected, but that the stream may wait for a copy that is fetched again.
 
 States, depths and events of units are true at all times. Order, ring and what `uses` counts as issued are so when `stop` has been called.
 

@@ -51,9 +51,10 @@ class Registry:
     def __setitem__(self, module: nn.Module, actor: Actor) -> None:
         key = id(module)
 
-        def gone(_ref: weakref.ref, of: dict = self.of, living: dict = self._living) -> None:
-            of.pop(key, None)  # before anybody else can have this identity
-            living.pop(key, None)
+        def gone(ref: weakref.ref, of: dict = self.of, living: dict = self._living) -> None:
+            if living.get(key) is ref:  # else somebody else has come to this identity
+                del living[key]
+                of.pop(key, None)
 
         self._living[key] = weakref.ref(module, gone)
         self.of[key] = actor

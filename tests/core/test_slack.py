@@ -104,3 +104,19 @@ def test_a_plan_as_any_other(load: Workload, wish: int, lookahead: int, small: i
     if plan.ring_bytes:
         assert plan.prediction.seconds == played(load, plan)
     assert (plan.budget_bytes, plan.notes, plan.limit_seconds) == (fastest.budget_bytes, fastest.notes, fastest.limit_seconds)
+
+
+@pytest.mark.parametrize("link", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize(("architecture", "pixels", "speed"), FOURTH)
+def test_automatic_is_as_good_as_the_best_setting_by_hand(architecture: Architecture, pixels: int, speed: float, link: float) -> None:
+    """Both sliders at 0: all of the budget there is, and a ring as large as is best. Within 3% of any other ring, and of less memory."""
+    load = Tape(architecture).run(pixels).workload(speed)
+    load = replace(load, bandwidth=load.bandwidth * link)
+    for share in (25, 60):
+        budget = load.total_bytes * share // 100
+        automatic = make_plan_with_slack(load, budget, small_unit_bytes=SMALL).prediction.seconds
+        rings = [(budget, megabytes << 20) for megabytes in (64, 112, 192, 320)]
+        by_hand = [*rings, (budget * 9 // 10, 0), (budget * 9 // 10, 128 << 20)]
+        times = [make_plan(load, least, lookahead_bytes=ring, small_unit_bytes=SMALL).prediction.seconds for least, ring in by_hand]
+        assert automatic <= 1.03 * min(times), (share, automatic, times)
+        assert link >= 1 or max(times) > 1.05 * automatic  # and not because all are equally good
