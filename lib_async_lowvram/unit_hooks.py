@@ -66,7 +66,6 @@ class Registry:
 
 
 _SPANS, _UNITS, _OBSERVED = Registry(), Registry(), Registry()
-_UNIT_OF = _UNITS.of
 
 
 def _before(registry: Registry, module: nn.Module, args: tuple, kwargs: dict | None) -> Any:
@@ -92,14 +91,14 @@ def _span_after(module: nn.Module, args: tuple, output: Any) -> None:
 
 
 def _unit_before(module: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
-    actor = _UNIT_OF.get(id(module))
+    actor = _UNITS.of.get(id(module))
     if actor is None or kwargs is None:
         return _before(_UNITS, module, args, kwargs)
     return actor.before(module, args, kwargs)
 
 
 def _unit_after(module: nn.Module, args: tuple, output: Any) -> None:
-    actor = _UNIT_OF.get(id(module))
+    actor = _UNITS.of.get(id(module))
     if actor is not None:
         actor.after(module)
 

@@ -76,18 +76,24 @@ CHANGES: list[tuple[str, Callable[[Holder], object], Change]] = [
 ]
 
 
-@pytest.mark.parametrize("on_device", [False, True])
-@pytest.mark.parametrize(("name", "act", "expected"), CHANGES, ids=[name for name, _, _ in CHANGES])
-def test_how_a_change_is_seen(
-    host: HostMemory, streams: SimulatedStreams, name: str, act: Callable[[Holder], object], expected: Change, on_device: bool
-) -> None:
+@pytest.fixture(params=[False, True], ids=["on the host", "on the device"])
+def placed(request: pytest.FixtureRequest, host: HostMemory, streams: SimulatedStreams) -> tuple[Holder, Unit, bool]:
+    """A module, its unit, and whether that is published."""
     module = Holder(weight=torch.randn(4, 4), gain=torch.randn(4), bias=None)
     unit = unit_of(host, module)
-    look = unit.host_change
-    if on_device:
-        unit.bind(streams.allocate(unit.nbytes))
+    unit.bind(streams.allocate(unit.nbytes))
+    if request.param:
         unit.publish()
-        look = unit.device_change
+    return module, unit, request.param
+
+
+each_change = pytest.mark.parametrize(("name", "act", "expected"), CHANGES, ids=[name for name, _, _ in CHANGES])
+
+
+@each_change
+def test_how_a_change_is_seen(placed: tuple[Holder, Unit, bool], name: str, act: Callable[[Holder], object], expected: Change) -> None:
+    module, unit, on_device = placed
+    look = unit.device_change if on_device else unit.host_change
     assert look() is Change.NONE
     act(module)
     assert look() is expected
@@ -99,28 +105,21 @@ def test_how_a_change_is_seen(
     assert look() is Change.NONE
 
 
-@pytest.mark.parametrize("on_device", [False, True])
-@pytest.mark.parametrize(("name", "act", "expected"), CHANGES, ids=[name for name, _, _ in CHANGES])
+@each_change
 def test_what_changed_is_not_moved_in_one_go(
-    host: HostMemory, streams: SimulatedStreams, name: str, act: Callable[[Holder], object], expected: Change, on_device: bool
+    placed: tuple[Holder, Unit, bool], name: str, act: Callable[[Holder], object], expected: Change
 ) -> None:
-    module = Holder(weight=torch.randn(4, 4), gain=torch.randn(4), bias=None)
-    unit = unit_of(host, module)
-    unit.bind(streams.allocate(unit.nbytes))
-    if on_device:
-        unit.publish()
+    module, unit, on_device = placed
     act(module)
     before = [(parameter, parameter.data_ptr(), parameter._version) for parameter in module.parameters()]
-    move, look = (unit.unpublish_unchanged, unit.device_change) if on_device else (unit.publish_unchanged, unit.host_change)
-    assert move() is (expected is Change.NONE)
-    if expected is not Change.NONE:
-        assert look() is expected
+    there, back = (unit.unpublish_unchanged, unit.publish_unchanged) if on_device else (unit.publish_unchanged, unit.unpublish_unchanged)
+    assert there() is (expected is Change.NONE)
+    if expected is Change.NONE:
+        assert module.weight.data_ptr() == (unit.master if on_device else unit.memory).data_ptr()
+        assert back()
+    else:
+        assert (unit.device_change if on_device else unit.host_change)() is expected
         assert [(parameter, parameter.data_ptr(), parameter._version) for parameter in module.parameters()] == before
-        return
-    there = unit.master if on_device else unit.memory
-    assert module.weight.data_ptr() == there.data_ptr()
-    assert unit.host_change() is (Change.NONE if on_device else Change.LAYOUT)
-    assert (unit.publish_unchanged if on_device else unit.unpublish_unchanged)()
 
 
 @pytest.mark.parametrize("flag", ["dirty", "suspect"])
